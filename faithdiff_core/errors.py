@@ -1,0 +1,27 @@
+"""The errors that the package raises on purpose.
+
+Every message says what was expected, what came, and what to do about it, so a caller (a node, the command line) only
+has to say where it happened.
+"""
+
+from __future__ import annotations
+
+
+class FaithDiffError(ValueError):
+    """Base of all errors that bad input causes; its text is written for the person who gave the input."""
+
+
+class SettingsError(FaithDiffError):
+    """A number or a choice is outside what the method allows (tile size, overlap, steps, ...)."""
+
+
+class WeightsError(FaithDiffError):
+    """A weights file is not what it should be: wrong kind, broken, incomplete or of another shape."""
+
+
+class PictureError(FaithDiffError):
+    """A picture cannot be read, or its size or layout cannot be worked with."""
+
+
+class MissingPackageError(FaithDiffError):
+    """An optional package is needed for what was asked; the text names the extra that installs it."""

@@ -1,0 +1,433 @@
+"""Reading FaithDiff's weights: the published pickle, the same as safetensors, and the files that `convert` writes.
+
+A file is recognised by its keys, and its sizes are read off its tensors. Nothing in a file is ever executed: pickles are
+opened with torch's restricted unpickler. Tensors are mapped from the file and read when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, alignment_state
+from .errors import WeightsError
+from .lq_encoder import LQEncoder, LQEncoderConfig
+from .unet_layout import Shape, UNetConfig
+
+ENCODER_PREFIX = "denoise_encoder."
+"""Where a FaithDiff file keeps the LQ encoder."""
+
+ALIGNMENT_PREFIXES = ("condition_embedding.", LAYERS_PREFIX, "spatial_ch_projs.")
+"""Where it keeps the alignment."""
+
+IGNORED_PREFIXES = ("agg_net.",)
+"""Left empty by the authors' training code."""
+
+UNET_PREFIXES = (
+    "conv_in.",
+    "time_embedding.",
+    "add_embedding.",
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_norm_out.",
+    "conv_out.",
+)
+"""Where a U-Net in diffusers' format keeps its tensors."""
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+_WRAPPERS = ("state_dict", "module", "model", "params_ema", "params")
+_GET_IT = "Download FaithDiff.bin of the FaithDiff project again, or convert it with `python -m faithdiff_core convert`."
+
+
+@dataclass(frozen=True)
+class FaithDiffWeights:
+    """What a FaithDiff file holds.
+
+    Attributes:
+        path: the file.
+        unet: the U-Net's tensors under diffusers' names, or None.
+        lq_encoder: the LQ encoder's tensors under diffusers' encoder names, or None.
+        alignment: the alignment's tensors under the published names, or None.
+        unet_config, lq_encoder_config, alignment_config: sizes of the parts that are there.
+        metadata: the text entries of a safetensors file; empty for a pickle.
+    """
+
+    path: Path
+    unet: dict[str, Tensor] | None = field(repr=False)
+    lq_encoder: dict[str, Tensor] | None = field(repr=False)
+    alignment: dict[str, Tensor] | None = field(repr=False)
+    unet_config: UNetConfig | None
+    lq_encoder_config: LQEncoderConfig | None
+    alignment_config: AlignmentConfig | None
+    metadata: dict[str, str]
+
+    @property
+    def parts(self) -> dict[str, dict[str, Tensor]]:
+        """The parts that are there, by name."""
+        named = {"unet": self.unet, "lq_encoder": self.lq_encoder, "alignment": self.alignment}
+        return {name: part for name, part in named.items() if part is not None}
+
+    @property
+    def kind(self) -> str:
+        """`full` (U-Net and adapter), `adapter` (LQ encoder and alignment), `unet`, or `partial`."""
+        names = set(self.parts)
+        if names == {"unet", "lq_encoder", "alignment"}:
+            return "full"
+        if names == {"lq_encoder", "alignment"}:
+            return "adapter"
+        return "unet" if names == {"unet"} else "partial"
+
+    def lq_encoder_state(self) -> dict[str, Tensor]:
+        """The state dict for `LQEncoder`.
+
+        Raises:
+            WeightsError: the file has no LQ encoder.
+        """
+        return self._need("lq_encoder", self.lq_encoder)
+
+    def alignment_state(self, *, folded: bool = True) -> dict[str, Tensor]:
+        """The state dict for `Alignment`; see there for `folded`.
+
+        Raises:
+            WeightsError: the file has no alignment.
+        """
+        published = self._need("alignment", self.alignment)
+        assert self.alignment_config is not None
+        return alignment_state(published, self.alignment_config, folded=folded)
+
+    def build_lq_encoder(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+    ) -> LQEncoder:
+        """Make the LQ encoder with the file's weights.
+
+        Args:
+            dtype: of the parameters; the file's unless told.
+            device: of the parameters; CPU unless told.
+            operations: see `LQEncoder`.
+
+        Raises:
+            WeightsError: the file has no LQ encoder.
+        """
+        state = self.lq_encoder_state()
+        assert self.lq_encoder_config is not None
+        dtype = state["conv_in.weight"].dtype if dtype is None else dtype
+        module = LQEncoder(self.lq_encoder_config, dtype=dtype, device=device or "cpu", operations=operations)
+        module.load_state_dict(state)
+        return module.eval().requires_grad_(False)
+
+    def build_alignment(
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        operations: Any = nn,
+        *,
+        folded: bool = True,
+    ) -> Alignment:
+        """Make the alignment with the file's weights; arguments as in `build_lq_encoder`, `folded` as in `Alignment`.
+
+        Raises:
+            WeightsError: the file has no alignment.
+        """
+        state = self.alignment_state(folded=folded)
+        assert self.alignment_config is not None
+        dtype = state["proj.weight"].dtype if dtype is None else dtype
+        module = Alignment(
+            self.alignment_config, dtype=dtype, device=device or "cpu", operations=operations, folded=folded
+        )
+        module.load_state_dict(state)
+        return module.eval().requires_grad_(False)
+
+    def _need(self, name: str, part: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        if part is None:
+            raise WeightsError(
+                f"{self.path.name} holds only {_listing(sorted(self.parts))}, but the {name} is needed. {_GET_IT}"
+            )
+        return part
+
+
+def read_faithdiff(path: str | Path) -> FaithDiffWeights:
+    """Open a FaithDiff file.
+
+    Takes the published `FaithDiff.bin`, the same tensors as safetensors, and the `*_unet` and `*_adapter` files that
+    `convert` writes. Every part is checked for missing and mis-shaped tensors.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The parts it holds; tensors are mapped from the file.
+
+    Raises:
+        WeightsError: it is not a FaithDiff file, or a broken one; the text says what it is and what to do.
+    """
+    path = Path(path)
+    tensors, metadata = open_tensors(path)
+    parts = _split(path, tensors)
+    unet_config = encoder_config = alignment_config = None
+    if parts["unet"]:
+        unet_config = _checked_config(path, "U-Net", parts["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
+    if parts["lq_encoder"]:
+        encoder_config = _checked_config(
+            path, "LQ encoder", parts["lq_encoder"], lambda _: LQEncoderConfig.from_state_dict(parts["lq_encoder"]),
+            _encoder_shapes,
+        )
+    if parts["alignment"]:
+        alignment_config = _checked_config(
+            path, "alignment", parts["alignment"], lambda _: AlignmentConfig.from_state_dict(parts["alignment"]),
+            AlignmentConfig.published_shapes,
+        )
+    if encoder_config and alignment_config and encoder_config.feature_channels != alignment_config.feature_channels:
+        raise WeightsError(
+            f"{path.name}: the LQ encoder gives {encoder_config.feature_channels} channels, but the alignment takes "
+            f"{alignment_config.feature_channels}. The parts belong to different models. {_GET_IT}"
+        )
+    if unet_config and alignment_config and unet_config.block_out_channels[0] != alignment_config.unet_channels:
+        raise WeightsError(
+            f"{path.name}: the U-Net begins with {unet_config.block_out_channels[0]} channels, but the alignment is "
+            f"made for {alignment_config.unet_channels}. The parts belong to different models. {_GET_IT}"
+        )
+    return FaithDiffWeights(
+        path=path,
+        unet=parts["unet"] or None,
+        lq_encoder=parts["lq_encoder"] or None,
+        alignment=parts["alignment"] or None,
+        unet_config=unet_config,
+        lq_encoder_config=encoder_config,
+        alignment_config=alignment_config,
+        metadata=metadata,
+    )
+
+
+def part_of(key: str) -> tuple[str, str] | None:
+    """Which part a key of a FaithDiff file belongs to, and its name there; None for keys that mean nothing."""
+    if key.startswith(ENCODER_PREFIX):
+        return "lq_encoder", key.removeprefix(ENCODER_PREFIX)
+    if key.startswith(ALIGNMENT_PREFIXES):
+        return "alignment", key
+    if key.startswith(UNET_PREFIXES):
+        return "unet", key
+    return None
+
+
+def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "lq_encoder": {}, "alignment": {}}
+    other: list[str] = []
+    for key, value in tensors.items():
+        place = part_of(key)
+        if place is not None:
+            parts[place[0]][place[1]] = value
+        elif not key.startswith(IGNORED_PREFIXES):
+            other.append(key)
+    foreign = _foreign_kind(list(tensors), tensors)
+    if foreign is not None:
+        raise WeightsError(f"{path.name} is {foreign}, not a FaithDiff file. {_GET_IT}")
+    if not any(parts.values()):
+        raise WeightsError(
+            f"{path.name} has none of FaithDiff's tensors; its first ones are {_listing(sorted(tensors)[:3])}. {_GET_IT}"
+        )
+    if other:
+        raise WeightsError(
+            f"{path.name} has {len(other)} tensor(s) that FaithDiff does not know, such as {_listing(other[:3])}. It is "
+            f"another model, or a later version of FaithDiff than this one reads. {_GET_IT}"
+        )
+    return parts
+
+
+def _foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
+    """Name well-known files that people pick by mistake."""
+    if not keys:
+        return "an empty file without tensors"
+    if any(k.startswith(("denoise_encoder.", LAYERS_PREFIX)) for k in keys):
+        return None
+    if any("lora_" in k or ".lora." in k or k.endswith(".alpha") or "hada_" in k for k in keys):
+        return "a LoRA"
+    if any(k.startswith(("model.diffusion_model.", "first_stage_model.", "conditioner.")) for k in keys):
+        if any(k.startswith("conditioner.embedders.1.") for k in keys):
+            return "an SDXL checkpoint"
+        context = tensors.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+        if context is not None and context.shape[1] in (768, 1024):
+            return "an SD 1.5 checkpoint" if context.shape[1] == 768 else "an SD 2 checkpoint"
+        return "a Stable Diffusion checkpoint"
+    if any(k.startswith("input_blocks.") for k in keys):
+        return "a U-Net in ComfyUI's own format"
+    if any(k.startswith(("controlnet_cond_embedding.", "control_model.", "controlnet_down_blocks.")) for k in keys):
+        return "a ControlNet"
+    if any(k.startswith("decoder.") for k in keys) and any(k.startswith("encoder.") for k in keys):
+        return "a VAE"
+    if any(k.startswith(("text_model.", "text_projection", "transformer.text_model.")) for k in keys):
+        return "a text encoder"
+    if any(k.startswith("down_blocks.") for k in keys) and not any(k.startswith("add_embedding.") for k in keys):
+        context = tensors.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+        if context is not None:
+            return f"an SD {'1.5' if context.shape[1] == 768 else '2'} U-Net"
+    return None
+
+
+def _checked_config(path: Path, name: str, part: Mapping[str, Tensor], read: Any, expected: Any) -> Any:
+    """Read a part's sizes and compare all of its tensors with what these sizes call for."""
+    shapes: dict[str, Shape] = {key: tuple(value.shape) for key, value in part.items()}
+    try:
+        config = read(shapes)
+        wanted: dict[str, Shape] = expected(config)
+    except (KeyError, IndexError, ValueError) as error:
+        missing = f"a tensor such as {error.args[0]}" if isinstance(error, KeyError) else "a tensor of the usual rank"
+        raise WeightsError(
+            f"{path.name}: the {name} is incomplete; it lacks {missing}. The file is damaged or was cut. {_GET_IT}"
+        ) from error
+    missing_keys = sorted(wanted.keys() - shapes.keys())
+    if missing_keys:
+        raise WeightsError(
+            f"{path.name}: the {name} lacks {len(missing_keys)} of {len(wanted)} tensors, such as "
+            f"{_listing(missing_keys[:3])}. The file is damaged or was cut. {_GET_IT}"
+        )
+    wrong = [key for key in wanted if shapes[key] != wanted[key]]
+    if wrong:
+        key = wrong[0]
+        raise WeightsError(
+            f"{path.name}: {len(wrong)} tensor(s) of the {name} have the wrong shape; {key} should be "
+            f"{wanted[key]} and is {shapes[key]}. {_GET_IT}"
+        )
+    unknown = sorted(shapes.keys() - wanted.keys())
+    if unknown:
+        raise WeightsError(
+            f"{path.name}: the {name} has {len(unknown)} tensor(s) too many, such as {_listing(unknown[:3])}. {_GET_IT}"
+        )
+    return config
+
+
+def _encoder_shapes(config: LQEncoderConfig) -> dict[str, Shape]:
+    return {k: tuple(v.shape) for k, v in LQEncoder(config, device="meta").state_dict().items()}
+
+
+def open_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map the tensors of a safetensors file or a torch pickle, and read the text entries of the former.
+
+    Raises:
+        WeightsError: there is no such file, or it is not a readable weights file.
+    """
+    if not path.exists():
+        raise WeightsError(f"There is no file {path}. Check the name and the folder.")
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give a weights file such as FaithDiff.bin.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(1024)
+    kind = _sniff(path, head, size)
+    if kind == "safetensors":
+        return _open_safetensors(path, size)
+    return _open_pickle(path), {}
+
+
+def _sniff(path: Path, head: bytes, size: int) -> str:
+    """Tell safetensors from pickle by content, and name what is neither."""
+    text = head.lstrip().lower()
+    if not head:
+        raise WeightsError(f"{path.name} is empty (0 bytes): the download failed. {_GET_IT}")
+    if text.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path.name} is a git-lfs pointer of {size} bytes, not the weights. Run `git lfs pull` in its folder, or "
+            f"download the file itself."
+        )
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise WeightsError(
+            f"{path.name} is a web page saved under the name of a weights file: the download was answered with a page "
+            f"(a log-in, perhaps). {_GET_IT}"
+        )
+    if head.startswith(b"GGUF"):
+        raise WeightsError(f"{path.name} is a GGUF file, which FaithDiff is not published as. {_GET_IT}")
+    if head[:2] == b"PK":
+        return "pickle"
+    if len(head) >= 9 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] < 2**32:
+        return "safetensors"
+    if head[:1] == b"\x80":
+        return "pickle"
+    if text.startswith((b"{", b"[")):
+        raise WeightsError(f"{path.name} is a JSON text, not a weights file. {_GET_IT}")
+    raise WeightsError(
+        f"{path.name} is neither a safetensors file nor a torch pickle (it begins with {head[:8]!r}). {_GET_IT}"
+    )
+
+
+def _open_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header_bytes = file.read(length)
+    if len(header_bytes) < length:
+        raise _truncated(path, size, 8 + length)
+    try:
+        header = json.loads(header_bytes)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise WeightsError(f"{path.name}: the header of this safetensors file is damaged. {_GET_IT}") from error
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise _truncated(path, size, expected)
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}, dict(handle.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path.name}: this safetensors file is damaged ({error}). {_GET_IT}") from error
+
+
+def _open_pickle(path: Path) -> dict[str, Tensor]:
+    zipped = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        if not zipped and file.read(2) == b"PK":
+            raise WeightsError(
+                f"{path.name} is cut: the end of the file ({path.stat().st_size} bytes) is missing. The download "
+                f"stopped early. {_GET_IT}"
+            )
+    try:
+        # Files of torch before 1.6 are no archives and cannot be mapped; they are read whole.
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{path.name} is a pickle with more in it than tensors; it was not loaded, because such a file can run "
+            f"any program. {_GET_IT}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        raise WeightsError(f"{path.name}: this torch file is damaged ({error}). {_GET_IT}") from error
+    return _unwrapped(path, loaded)
+
+
+def _unwrapped(path: Path, loaded: Any) -> dict[str, Tensor]:
+    """Find the state dict in what a pickle holds; trainers like to wrap it."""
+    while isinstance(loaded, Mapping) and not any(isinstance(v, Tensor) for v in loaded.values()):
+        inner = next((loaded[name] for name in _WRAPPERS if isinstance(loaded.get(name), Mapping)), None)
+        if inner is None:
+            break
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(
+            f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors. {_GET_IT}"
+        )
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def _truncated(path: Path, size: int, expected: int) -> WeightsError:
+    return WeightsError(
+        f"{path.name} is cut: it has {size} of {expected} bytes. The download stopped early. {_GET_IT}"
+    )
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names) if names else "nothing"
