@@ -233,10 +233,16 @@ class Alignment(nn.Module):
         return h + strength * self.residual(h, condition)
 
 
-def alignment_state(published: Mapping[str, Tensor], config: AlignmentConfig, *, folded: bool) -> dict[str, Tensor]:
+def alignment_state(
+    published: Mapping[str, Tensor], config: AlignmentConfig, *, folded: bool, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Turn a published state dict into one for `Alignment`.
 
-    Folding multiplies in float32 at least; the result keeps the file's dtype.
+    Args:
+        published: tensors under the published names, complete.
+        config: their sizes.
+        folded: see `Alignment`. The two projections are multiplied in float32 at least, and rounded once.
+        dtype: of the result; the file's unless told.
     """
     state: dict[str, Tensor] = {}
     width = config.width
@@ -256,8 +262,8 @@ def alignment_state(published: Mapping[str, Tensor], config: AlignmentConfig, *,
         if folded:
             wide = torch.promote_types(out_weight.dtype, torch.float32)
             out_wide = out_weight.to(wide)
-            state[target + "weight"] = (out_wide @ v_weight.to(wide)).to(out_weight.dtype)
-            state[target + "bias"] = (out_wide @ v_bias.to(wide) + out_bias.to(wide)).to(out_bias.dtype)
+            state[target + "weight"] = (out_wide @ v_weight.to(wide)).to(dtype or out_weight.dtype)
+            state[target + "bias"] = (out_wide @ v_bias.to(wide) + out_bias.to(wide)).to(dtype or out_bias.dtype)
         else:
             state |= {
                 target + "v_proj.weight": v_weight,
@@ -265,7 +271,7 @@ def alignment_state(published: Mapping[str, Tensor], config: AlignmentConfig, *,
                 target + "out_proj.weight": out_weight,
                 target + "out_proj.bias": out_bias,
             }
-    return state
+    return {key: value.to(dtype) for key, value in state.items()} if dtype is not None else state
 
 
 def published_state(alignment: Alignment) -> dict[str, Tensor]:

@@ -96,15 +96,15 @@ class FaithDiffWeights:
         """
         return self._need("lq_encoder", self.lq_encoder)
 
-    def alignment_state(self, *, folded: bool = True) -> dict[str, Tensor]:
-        """The state dict for `Alignment`; see there for `folded`.
+    def alignment_state(self, dtype: torch.dtype | None = None, *, folded: bool = True) -> dict[str, Tensor]:
+        """The state dict for `Alignment`, in the file's dtype unless told; see there for `folded`.
 
         Raises:
             WeightsError: the file has no alignment.
         """
         published = self._need("alignment", self.alignment)
         assert self.alignment_config is not None
-        return alignment_state(published, self.alignment_config, folded=folded)
+        return alignment_state(published, self.alignment_config, folded=folded, dtype=dtype)
 
     def build_lq_encoder(
         self,
@@ -142,7 +142,7 @@ class FaithDiffWeights:
         Raises:
             WeightsError: the file has no alignment.
         """
-        state = self.alignment_state(folded=folded)
+        state = self.alignment_state(dtype, folded=folded)
         assert self.alignment_config is not None
         dtype = state["proj.weight"].dtype if dtype is None else dtype
         module = Alignment(
