@@ -5,12 +5,15 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .bridge.captioner import register_folder as register_captioner_folder
+from .captioner import FaithDiffCaption
+from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
 from .loader import FaithDiffModelLoader, register_folder
 from .lq_encode import FaithDiffLQEncode
-#from .pictures import FaithDiffFinishImage, FaithDiffPrepareImage
+from .pictures import FaithDiffFinishImage, FaithDiffPrepareImage
 from .sampling import FaithDiffSampler, FaithDiffTiledDiffusion
-#from .vae import FaithDiffTiledVAEDecode
+from .vae import FaithDiffTiledVAEDecode
 
 
 class FaithDiffExtension(ComfyExtension):
@@ -19,17 +22,20 @@ class FaithDiffExtension(ComfyExtension):
     @override
     async def on_load(self) -> None:
         register_folder()
+        register_captioner_folder()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             FaithDiffModelLoader,
-            #FaithDiffPrepareImage,
+            FaithDiffPrepareImage,
             FaithDiffLQEncode,
             FaithDiffConditioning,
             FaithDiffTiledDiffusion,
             FaithDiffSampler,
-            #FaithDiffTiledVAEDecode,
-            #FaithDiffFinishImage,
+            FaithDiffTiledVAEDecode,
+            FaithDiffFinishImage,
             FaithDiffTrimCaption,
+            FaithDiffCaption,
+            FaithDiffCompare,
         ]

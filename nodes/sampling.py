@@ -17,6 +17,7 @@ from ..faithdiff_core.errors import SettingsError
 from ..faithdiff_core.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, sampling_sigmas, start_latent
 from ..faithdiff_core.tiles import DEFAULT_OVERLAP, LATENT_SCALE
 from .bridge.patch import find_patch
+from .bridge.progress import PROGRESS_KEY, TileProgress
 from .bridge.sampling import Tiling, set_tiling
 from .bridge.types import LQCondition, LQFeatures, LQFeaturesType
 from .conditioning import Conditioning, with_lq
@@ -213,7 +214,10 @@ class FaithDiffSampler(io.ComfyNode):
             sigmas = _sigmas(model, scheduler, steps, denoise)
             if len(sigmas) < 2:  # denoise 0: nothing is to be changed
                 return io.NodeOutput(latent)
-            tiled_model = tiled(model, Tiling(tile_size, overlap, tile_batch))
+            tiling = Tiling(tile_size, overlap, tile_batch)
+            tiled_model = tiled(model, tiling)
+            progress = TileProgress(len(sigmas) - 1, len(tiling.grid(*lq_features.size)))
+            tiled_model.model_options["transformer_options"][PROGRESS_KEY] = progress
             condition = LQCondition(lq_features, strength)
             guider = comfy.samplers.CFGGuider(tiled_model)
             guider.set_conds(with_lq(positive, condition), with_lq(negative, condition))
@@ -230,7 +234,7 @@ class FaithDiffSampler(io.ComfyNode):
                 comfy.samplers.sampler_object(sampler_name),
                 sigmas,
                 denoise_mask=latent.get("noise_mask"),
-                callback=latent_preview.prepare_callback(tiled_model, len(sigmas) - 1),
+                callback=progress.callback(latent_preview.prepare_callback(tiled_model, len(sigmas) - 1)),
                 disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
                 seed=seed,
             )

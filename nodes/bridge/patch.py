@@ -104,7 +104,7 @@ class AlignmentPatch:
         if first is not None and plan.shareable and not others_first and all(chunk == first for chunk in chunks):
             # Every guidance half sees the same latent, and text enters later: one residual serves all of them.
             residual = self.alignment.model.residual(h[:rows], self._condition(first, rows, h))
-            shared = h.view(len(chunks), *residual.shape) + (residual * first.strength).unsqueeze(0)
+            shared = torch.add(h.view(len(chunks), *residual.shape), residual.unsqueeze(0), alpha=first.strength)
             return shared.view_as(h)
         return torch.cat([self._aligned(part, chunk) for part, chunk in zip(h.chunk(len(chunks)), chunks, strict=True)])
 

@@ -24,6 +24,7 @@ from ...faithdiff_core.errors import SettingsError
 from ...faithdiff_core.tiles import Tile, TileGrid, check_overlap, check_tile_size
 from .control import ControlHints
 from .patch import PLAN_KEY, LQChunk, StepPlan, find_patch
+from .progress import PROGRESS_KEY, TileProgress, show_tiles
 from .types import CONDITION_KEY, LQCondition
 
 if TYPE_CHECKING:
@@ -122,8 +123,11 @@ def calc_cond_batch(
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
     hints = ControlHints(height, width)
+    progress: TileProgress | None = options.get(PROGRESS_KEY)
+    done = 0
     for tiles in grid.batches(_tiles_per_call(model, tiling, grid, conds, x_in)):
         comfy.model_management.throw_exception_if_processing_interrupted()
+        show_tiles(progress, done + 1, done + len(tiles), len(grid))
         tile_conds = [None if group is None else _tile_conds(model, group, grid, tiles, images) for group in conds]
         plan = _plan(active, tile_conds, tiles, shareable)
         x = torch.cat([tile.crop(x_in) for tile in tiles])
@@ -134,6 +138,9 @@ def calc_cond_batch(
         for out, prediction in zip(outs, predictions, strict=True):
             for tile, part in zip(tiles, prediction.split(images), strict=True):
                 grid.merge(out, tile, part)
+        done += len(tiles)
+        if progress is not None:
+            progress.tiles_done(done)
     return outs
 
 
