@@ -386,6 +386,8 @@ def _open_safetensors(path: Path, size: int) -> tuple[dict[str, Tensor], dict[st
 
 
 def _open_pickle(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":  # torch.load goes by the name, and fails
+        raise WeightsError(f"{path.name} is a torch pickle in spite of its name. Rename it to {path.stem}.bin.")
     zipped = zipfile.is_zipfile(path)
     with path.open("rb") as file:
         if not zipped and file.read(2) == b"PK":

@@ -1,0 +1,71 @@
+# Two commands: `make demo` and `make test`. Both make .venv and install what they need on the first run.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --constraint constraints.txt
+
+# A ComfyUI for the host tests: COMFYUI_PATH, else ~/comfy/ComfyUI, else the one whose custom_nodes this folder is in.
+ifeq ($(origin COMFYUI_PATH),undefined)
+COMFYUI_PATH := $(patsubst %/main.py,%,$(firstword $(wildcard $(HOME)/comfy/ComfyUI/main.py $(abspath ../..)/main.py)))
+endif
+export COMFYUI_PATH
+HOST_REQUIREMENTS := $(if $(COMFYUI_PATH),$(wildcard $(COMFYUI_PATH)/requirements.txt))
+HOST_STAMP := $(if $(HOST_REQUIREMENTS),$(VENV)/.installed-host$(subst /,_,$(COMFYUI_PATH)))
+
+# mypy reads the pack as a host does, as one package with a name of its own.
+PACK := build/types/faithdiff_pack
+
+.PHONY: help demo test test-full lint format install host-note clean
+
+help:
+	@echo "make demo       restore a photograph with a small model; writes demo_output/"
+	@echo "make test       style, types and all tests"
+	@echo "make test-full  the same with the slow tests (full-size weights: minutes, 15 GB of disk and 14 GB of memory)"
+	@echo "make lint       ruff and mypy only"
+	@echo "make format     ruff's fixes and formatting"
+	@echo "make clean      remove what the commands above made, .venv included"
+
+demo: install
+	$(PY) demo/run.py
+
+test: lint host-note
+	$(PY) -m pytest
+
+test-full: lint host-note
+	$(PY) -m pytest -m "slow or not slow"
+
+lint: install $(PACK)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	MYPYPATH=build/types $(PY) -m mypy -p faithdiff_pack.faithdiff_core -p faithdiff_pack.nodes
+
+format: install
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+install: $(VENV)/.installed
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps are newer than what they were installed from, so pip runs again only after a change.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(PY)
+	$(PIP) --editable ".[engine,test]"
+	@touch $@
+
+$(HOST_STAMP): $(HOST_REQUIREMENTS) constraints.txt $(VENV)/.installed
+	$(PIP) --requirement "$(COMFYUI_PATH)/requirements.txt"
+	@touch $@
+
+host-note: $(HOST_STAMP)
+ifeq ($(HOST_STAMP),)
+	@echo "*** NO COMFYUI FOUND: THE HOST TESTS ARE SKIPPED. Set COMFYUI_PATH to the folder with ComfyUI's main.py to run them. ***"
+endif
+
+$(PACK):
+	@mkdir -p $(@D)
+	@ln -sfn ../.. $@
+
+clean:
+	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .ruff_cache .mypy_cache

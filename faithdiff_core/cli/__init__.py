@@ -1,0 +1,109 @@
+"""The command line: `python -m faithdiff_core COMMAND ...`.
+
+Each command is a module with a function that declares its arguments and one that runs it and returns the exit code.
+Only the module of the command at hand is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FaithDiffError, SettingsError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_CANCELLED = 130
+"""What shells give for a program that Ctrl-C ended."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command and where its code is.
+
+    Attributes:
+        summary: one line for the list of commands.
+        module: its module, below this package's parent.
+        name: `add_<name>_arguments` declares and `run_<name>` runs; without a name `add_arguments` and `run`.
+    """
+
+    summary: str
+    module: str
+    name: str = ""
+
+    @property
+    def add_arguments(self) -> Callable[[argparse.ArgumentParser], None]:
+        return self._function(f"add_{self.name}_arguments" if self.name else "add_arguments")
+
+    @property
+    def run(self) -> Callable[[argparse.Namespace], int]:
+        return self._function(f"run_{self.name}" if self.name else "run")
+
+    def _function(self, name: str) -> Any:
+        return getattr(importlib.import_module(f"..{self.module}", __package__), name)
+
+
+COMMANDS = {
+    "restore": Command("restore pictures with an SDXL checkpoint and FaithDiff", "cli.restore"),
+    "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.weights", "convert"),
+    "info": Command("say what a weights file is and what it holds", "cli.weights", "info"),
+    "train": Command("train FaithDiff, or a LoRA for it", "training.command", "train"),
+    "degrade": Command("make low-quality pictures as for training", "training.command", "degrade"),
+    "evaluate": Command("score restored pictures", "evaluate"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the program's name; that of the process unless given.
+
+    Returns:
+        The exit code: 0 for success, 1 for a failure, 2 for bad arguments, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(next((word for word in words if not word.startswith("-")), None))
+    try:
+        args = parser.parse_args(words)
+        return COMMANDS[args.command].run(args)
+    except SystemExit as stop:  # argparse has written what there is to say
+        return stop.code if isinstance(stop.code, int) else EXIT_FAILED
+    except SettingsError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USAGE
+    except FaithDiffError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write("\nstopped\n")
+        return EXIT_CANCELLED
+
+
+def _parser(wanted: str | None) -> argparse.ArgumentParser:
+    """The parser with all commands' names, and the arguments of one."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="python -m faithdiff_core",
+        description="FaithDiff: faithful image super-resolution with SDXL.",
+        epilog="`python -m faithdiff_core COMMAND --help` explains a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"faithdiff {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary[0].upper() + command.summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == wanted:
+            command.add_arguments(sub)
+    return parser

@@ -1,0 +1,413 @@
+"""The command `restore`."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..captions import trim_caption
+from ..color import ColorFix
+from ..engine.sampling import SCHEDULERS
+from ..engine.settings import RestoreSettings
+from ..errors import FaithDiffError, SettingsError
+from ..pictures import (
+    READ_SUFFIXES,
+    WRITE_SUFFIXES,
+    check_output,
+    check_output_name,
+    load_picture,
+    resize_lanczos,
+    save_picture,
+    target_size,
+)
+from ..schedule import StartPoint
+from . import EXIT_CANCELLED, EXIT_FAILED
+from .progress import ProgressLine
+
+if TYPE_CHECKING:
+    from ..engine import FaithDiffPipeline
+
+METADATA_KEY = "faithdiff"
+"""Entry of a result's metadata with all settings as JSON."""
+
+_EXAMPLES = """
+examples:
+  one picture, twice as large
+    python -m faithdiff_core restore photo.jpg -o new.png --model RealVisXL_V4.0.safetensors --faithdiff FaithDiff.bin
+  a folder; run it again to go on where it stopped
+    python -m faithdiff_core restore scans/ -o restored/ --model realvis/ --faithdiff FaithDiff.bin
+  four times as large, in two passes of two
+    python -m faithdiff_core restore face.png -o face_4x.png --scale 4 --passes 2 --model ... --faithdiff ...
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to restore."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Report:
+    """What became of the pictures."""
+
+    restored: int = 0
+    skipped: int = 0
+    failures: list[tuple[Path, str]] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The last lines of the output: counts, then each failure with its reason."""
+        counts = f"{self.restored} restored, {self.skipped} skipped (done before), {len(self.failures)} failed"
+        return [counts, *(f"failed: {path}: {reason}" for path, reason in self.failures)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `restore`."""
+    parser.epilog = _EXAMPLES
+    parser.add_argument(
+        "inputs", nargs="+", metavar="IN", help="pictures, folders (with what is below them) and patterns"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help=f"a folder; for a single picture also a file ({', '.join(WRITE_SUFFIXES)})",
+    )
+    parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of files in a folder (png)")
+    parser.add_argument("--overwrite", action="store_true", help="do again what is done")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", type=Path, required=True, help="SDXL checkpoint file, or a folder in diffusers' format"
+    )
+    model.add_argument("--faithdiff", type=Path, required=True, metavar="FILE", help="FaithDiff.bin, or an adapter")
+    model.add_argument("--unet", type=Path, metavar="FILE", help="FaithDiff's U-Net, where --faithdiff is an adapter")
+    model.add_argument(
+        "--config", type=Path, metavar="DIR", help="folder with tokenizers and configurations for a checkpoint file"
+    )
+    model.add_argument("--vae", type=Path, metavar="FILE", help="another VAE; in fp16 take the fp16-fix VAE")
+    model.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="may be given several times"
+    )
+    model.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in (auto)")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto)")
+    model.add_argument(
+        "--offload",
+        choices=("none", "model", "sequential"),
+        default="none",
+        help="keep what is not at work in main memory: whole models, or layer by layer (none)",
+    )
+
+    default = RestoreSettings()
+    size = parser.add_argument_group("size").add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, metavar="X", help=f"factor on both sides ({default.scale:g})")
+    size.add_argument("--longest-side", type=int, metavar="PX", help="pixels of the longer side")
+    size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
+
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", default="", help="what the pictures show; helps, but may be left out")
+    text.add_argument(
+        "--negative-prompt", default="", metavar="PROMPT", help="what they do not show (empty, as published)"
+    )
+    text.add_argument(
+        "--captions",
+        action="store_true",
+        help="take the prompt from NAME.txt beside each picture; --prompt where none is",
+    )
+    text.add_argument(
+        "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"
+    )
+
+    method = parser.add_argument_group("method")
+    method.add_argument("--steps", type=int, default=default.steps, metavar="N", help=f"1 to 1000 ({default.steps})")
+    method.add_argument(
+        "--cfg", type=float, default=default.cfg, metavar="X", help=f"guidance, 1 is off ({default.cfg:g})"
+    )
+    method.add_argument(
+        "--strength", type=float, default=1.0, metavar="X", help="how strongly the picture acts, 0 is off (1)"
+    )
+    method.add_argument("--start", choices=[start.value for start in StartPoint], default="lr", help="start point (lr)")
+    method.add_argument(
+        "--color-fix", choices=[fix.value for fix in ColorFix], default="adain", help="colours of the input (adain)"
+    )
+    method.add_argument("--passes", type=int, default=1, metavar="N", help="reach the size in N equal steps (1)")
+    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every picture (0)")
+    method.add_argument(
+        "--scheduler",
+        default="euler",
+        metavar="NAME",
+        help=f"{', '.join(SCHEDULERS)}, or the name of any scheduler class of diffusers (euler)",
+    )
+
+    tiles = parser.add_argument_group("tiles")
+    tiles.add_argument(
+        "--tile", type=int, default=default.tile, metavar="PX", help=f"side, a multiple of 8 ({default.tile})"
+    )
+    tiles.add_argument(
+        "--overlap",
+        type=float,
+        default=default.overlap,
+        metavar="X",
+        help=f"part of a tile, 0 to 0.9 ({default.overlap})",
+    )
+    tiles.add_argument("--tile-batch", type=int, default=1, metavar="N", help="tiles in one U-Net call (1)")
+    tiles.add_argument(
+        "--encoder-tile",
+        type=int,
+        default=default.encoder_tile,
+        metavar="PX",
+        help=f"side of the LQ encoder's tiles ({default.encoder_tile})",
+    )
+    tiles.add_argument("--vae-tile", type=int, metavar="PX", help="VAE in tiles of this side; needs less memory")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Restore pictures; one that fails does not stop the others.
+
+    Returns:
+        0, or 1 if a picture failed.
+
+    Raises:
+        FaithDiffError: bad arguments, or a model that cannot be loaded.
+    """
+    settings = read_settings(args)
+    jobs = find_jobs(args.inputs, args.output, "." + args.format)
+    todo = [job for job in jobs if args.overwrite or not job.target.exists()]
+    missing = [job for job in todo if not job.source.exists()]
+    report = Report(skipped=len(jobs) - len(todo), failures=[(job.source, "there is no such file") for job in missing])
+    todo = [job for job in todo if job not in missing]
+    code = 0
+    if todo:
+        pipeline = _load_pipeline(args)
+        try:
+            for number, job in enumerate(todo, start=1):
+                _attempt(pipeline, job, args, settings, report, f"[{number}/{len(todo)}] {job.source.name}")
+        except KeyboardInterrupt:
+            code = EXIT_CANCELLED
+    stream = sys.stderr if report.failures else sys.stdout
+    if report.failures or not args.quiet:
+        stream.write("\n".join(report.lines()) + "\n")
+    return code or (EXIT_FAILED if report.failures else 0)
+
+
+def read_settings(args: argparse.Namespace) -> RestoreSettings:
+    """The settings, checked before a model is loaded; the size is each picture's own.
+
+    Raises:
+        SettingsError: a value is out of range.
+    """
+    if args.seed < 0:
+        raise SettingsError(f"--seed must be 0 or more, got {args.seed}.")
+    if args.trim_captions and not args.captions:
+        raise SettingsError("--trim-captions needs --captions: prompts that are typed are never trimmed.")
+    target_size(64, 64, **_size_arguments(args))
+    names = {item.name for item in fields(RestoreSettings)} - {"size", "scale"}
+    return RestoreSettings(**{name: value for name, value in vars(args).items() if name in names})
+
+
+def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
+    """Which pictures there are, and where their results go.
+
+    A single picture goes to `output` if that is named like a picture and is no folder; otherwise results go into the
+    folder `output`, under the pictures' names and in their subfolders.
+
+    Raises:
+        SettingsError: nothing is found, a name is taken twice, or a result would overwrite an input.
+    """
+    found: dict[Path, Path] = {}
+    for word in inputs:
+        for source, name in _expand(word, output):
+            found.setdefault(source, name)
+    if not found:
+        raise SettingsError(
+            f"There is nothing to restore in {', '.join(inputs)}: no picture with one of the endings "
+            f"{', '.join(READ_SUFFIXES)}."
+        )
+    sources = list(found)
+    named_file = bool(output.suffix) and not output.is_dir()
+    if len(sources) == 1 and named_file and not Path(inputs[0]).is_dir():
+        check_output_name(output)
+        jobs = [Job(sources[0], output)]
+    elif output.is_file() or (named_file and output.suffix.lower() in WRITE_SUFFIXES):
+        raise SettingsError(f"{output} is one file, but there are {len(sources)} pictures. Give a folder.")
+    else:
+        # a.jpg and a.png would both become a.png; then both keep their endings.
+        stems = Counter(name.with_suffix("") for name in found.values())
+        targets = [
+            output / (name.with_suffix(suffix) if stems[name.with_suffix("")] == 1 else Path(f"{name}{suffix}"))
+            for name in found.values()
+        ]
+        taken = [target for target, count in Counter(targets).items() if count > 1]
+        if taken:
+            raise SettingsError(f"Several pictures would be written to {taken[0]}. Restore their folders one by one.")
+        jobs = [Job(source, target) for source, target in zip(sources, targets, strict=True)]
+    overwritten = {source.resolve() for source in sources} & {job.target.resolve() for job in jobs}
+    if overwritten:
+        raise SettingsError(f"The result would overwrite the input {min(overwritten)}. Choose another folder or name.")
+    return jobs
+
+
+def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
+    """Pictures that a word of the command line stands for, each with its name below the output folder.
+
+    Results of an earlier run, in an output folder below the input folder, are no inputs.
+    """
+    path = Path(word)
+    if path.is_dir():
+        results = output.resolve()
+        if results == path.resolve():
+            raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
+        for file in sorted(path.rglob("*")):
+            wanted = file.suffix.lower() in READ_SUFFIXES and not file.name.startswith(".") and file.is_file()
+            if wanted and results not in file.resolve().parents:
+                yield file, file.relative_to(path)
+    elif path.exists() or not glob.has_magic(word):
+        # One that does not exist is a failure like any other: it must not keep the others from being done.
+        yield path, Path(path.name)
+    else:
+        for file in map(Path, sorted(glob.glob(word, recursive=True))):
+            if file.is_file():
+                yield file, Path(file.name)
+
+
+def _load_pipeline(args: argparse.Namespace) -> FaithDiffPipeline:
+    from ..engine import FaithDiffPipeline
+
+    pipeline = FaithDiffPipeline.from_files(
+        args.model,
+        args.faithdiff,
+        unet=args.unet,
+        config=args.config,
+        vae=args.vae,
+        dtype=None if args.dtype == "auto" else args.dtype,
+        device=None if args.device == "auto" else args.device,
+        offload=args.offload,
+        scheduler=args.scheduler,
+    )
+    for path, weight in args.lora:
+        pipeline.load_lora(path, weight=weight)
+    return pipeline
+
+
+def _attempt(
+    pipeline: FaithDiffPipeline,
+    job: Job,
+    args: argparse.Namespace,
+    settings: RestoreSettings,
+    report: Report,
+    label: str,
+) -> None:
+    """Restore one picture, and put down what became of it."""
+    line = ProgressLine(quiet=args.quiet)
+    try:
+        notes = _restore(
+            pipeline, job, args, settings, lambda stage, done, total: line.show(f"{label}: {stage}", done, total)
+        )
+    except (FaithDiffError, OSError, RuntimeError, MemoryError) as error:
+        logging.getLogger(__name__).debug("restoring %s", job.source, exc_info=True)
+        reason = str(error).strip() or type(error).__name__
+        line.clear()
+        sys.stderr.write(f"{label}: failed: {reason}\n")
+        report.failures.append((job.source, reason.splitlines()[0]))
+        return
+    finally:
+        line.clear()
+    report.restored += 1
+    for note in notes:
+        sys.stderr.write(f"{label}: {note}\n")
+    if not args.quiet:
+        sys.stdout.write(f"{label} -> {job.target}\n")
+        sys.stdout.flush()
+
+
+def _restore(
+    pipeline: FaithDiffPipeline,
+    job: Job,
+    args: argparse.Namespace,
+    settings: RestoreSettings,
+    progress: Callable[[str, int, int], None],
+) -> Sequence[str]:
+    picture = load_picture(job.source)
+    height, width = target_size(*picture.size, **_size_arguments(args))
+    check_output(job.target, height, width, transparent=picture.alpha is not None)
+    prompt = _caption(job.source, args)
+    result = pipeline(
+        picture.colors.unsqueeze(0),
+        **vars(replace(settings, size=(height, width))),
+        prompt=prompt,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        progress=progress,
+    )
+    alpha = None if picture.alpha is None else resize_lanczos(picture.alpha.unsqueeze(0), height, width)[0]
+    text = {"Software": _software(), METADATA_KEY: json.dumps(_recipe(job, args, settings, prompt, height, width))}
+    save_picture(job.target, replace(picture, colors=result[0], alpha=alpha), text=text)
+    return picture.notes
+
+
+def _caption(source: Path, args: argparse.Namespace) -> str:
+    beside = source.with_suffix(".txt")
+    if not args.captions or not beside.exists():
+        return args.prompt
+    try:
+        caption = beside.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{beside.name} is no UTF-8 text. Save it as UTF-8.") from error
+    return trim_caption(caption) if args.trim_captions else caption
+
+
+def _recipe(
+    job: Job, args: argparse.Namespace, settings: RestoreSettings, prompt: str, height: int, width: int
+) -> dict[str, Any]:
+    """What it takes to make a result again, without folders: results travel."""
+    files = {name: path.name for name in ("model", "faithdiff", "unet", "vae") if (path := getattr(args, name))}
+    method = {name: value for name, value in vars(settings).items() if name not in ("size", "scale")}
+    return {
+        "source": job.source.name,
+        "width": width,
+        "height": height,
+        "prompt": prompt,
+        "negative_prompt": args.negative_prompt,
+        "seed": args.seed,
+        **method,
+        "scheduler": args.scheduler,
+        "dtype": args.dtype,
+        **files,
+        "loras": [[path.name, weight] for path, weight in args.lora],
+    }
+
+
+def _software() -> str:
+    from .. import __version__
+
+    return f"FaithDiff {__version__}"
+
+
+def _size_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    if args.longest_side is not None or args.megapixels is not None:
+        return {"longest_side": args.longest_side, "megapixels": args.megapixels}
+    return {"scale": RestoreSettings().scale if args.scale is None else args.scale}
+
+
+def _lora(word: str) -> tuple[Path, float]:
+    """FILE or FILE:WEIGHT; a colon of a Windows drive is no weight."""
+    name, colon, weight = word.rpartition(":")
+    if colon:
+        try:
+            return Path(name), float(weight)
+        except ValueError:
+            pass
+    return Path(word), 1.0
