@@ -1,0 +1,77 @@
+"""Fixtures for the tests on a real ComfyUI; without one they are skipped, and the summary says so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.append(str(HERE))
+
+import harness  # noqa: E402
+
+_missing: set[str] = set()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a host or a browser that is not there."""
+    mine = [item for item in items if HERE in item.path.parents]
+    if not mine:
+        return
+    try:
+        found = harness.find_host()
+    except harness.HostError as error:
+        raise pytest.UsageError(str(error)) from error
+    for item in mine:
+        fixtures = getattr(item, "fixturenames", ())
+        if found is None:
+            _missing.add(harness.NO_HOST)
+            item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
+        elif "browser" in fixtures and harness.find_browser() is None:
+            _missing.add(harness.NO_BROWSER)
+            item.add_marker(pytest.mark.skip(reason="no Chromium, chromedriver or selenium found"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what was not tested."""
+    for text in sorted(_missing):
+        terminalreporter.write_line(text, red=True, bold=True)
+
+
+@pytest.fixture(scope="session")
+def host_path() -> Path:
+    """The ComfyUI folder."""
+    path = harness.find_host()
+    assert path is not None  # without one the test was skipped
+    return path
+
+
+@pytest.fixture(scope="session")
+def host(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> harness.Host:
+    """ComfyUI in this process, started once."""
+    return harness.Host(host_path, tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="module")
+def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Server]:
+    """ComfyUI's server in a process of its own, started once a module."""
+    server = harness.Server(host_path, tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser(server: harness.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Page]:
+    """The server's web page in headless Chromium, opened."""
+    found = harness.find_browser()
+    assert found is not None  # without one the test was skipped
+    page = harness.Page(server, *found, tmp_path_factory.mktemp("chromium"))
+    try:
+        page.open()
+        yield page
+    finally:
+        page.close()

@@ -1,0 +1,134 @@
+"""Tiled VAE decode with the real host's VAE, compared with its `decode` and timed against its `decode_tiled`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from faithdiff_core import tiled_vae
+from faithdiff_core.tiled_vae import decode_tiled, parts_from_ldm
+
+HOST = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
+if not (HOST / "comfy" / "sd.py").is_file():
+    pytest.skip(f"No ComfyUI at {HOST}: set COMFYUI_PATH to run the host tests.", allow_module_level=True)
+if str(HOST) not in sys.path:
+    sys.path.insert(0, str(HOST))
+
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
+import comfy.ops  # noqa: E402
+import comfy.sd  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    config = json.loads((GOLDEN / "manifest.json").read_text())["vae"]
+    channels = config["block_out_channels"]
+    ddconfig = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": channels[0],
+        "ch_mult": [count // channels[0] for count in channels],
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    state = {key: value.float() for key, value in load_file(GOLDEN / "vae_tiny.safetensors").items()}
+    return comfy.sd.VAE(sd=state, config={"params": {"ddconfig": ddconfig, "embed_dim": 4}}, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def latent() -> Tensor:
+    return load_file(GOLDEN / "expected.safetensors")["vae.latent"]
+
+
+def shared_decode(vae: Any, latents: Tensor, **settings: Any) -> Tensor:
+    """The host's layout: (B, H, W, 3) in [0, 1]."""
+    parts = parts_from_ldm(vae.first_stage_model)
+    picture = decode_tiled(parts, latents, device=vae.device, dtype=vae.vae_dtype, **settings)
+    return vae.process_output(picture).movedim(1, -1)
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(128, 0.25), (192, 0.5), (256, 0.25)])
+def test_within_two_steps_of_the_hosts_untiled_decode(vae: Any, latent: Tensor, tile: int, overlap: float) -> None:
+    with torch.inference_mode():
+        expected = vae.decode(latent)
+        got = shared_decode(vae, latent, tile=tile, overlap=overlap)
+    assert float((got - expected).abs().max()) < 2 / 255
+
+
+def test_one_tile_is_the_hosts_decode(vae: Any, latent: Tensor) -> None:
+    with torch.inference_mode():
+        assert torch.equal(shared_decode(vae, latent, tile=512), vae.decode(latent))
+
+
+def test_layers_that_cast_their_weights(vae: Any, latent: Tensor) -> None:
+    """With the weights kept in bfloat16 and cast when a layer is called, which layers must be asked for."""
+    model = vae.first_stage_model
+    norms = [module for module in model.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
+    casting = [module for module in model.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)]
+    assert norms
+    assert all(isinstance(norm, comfy.ops.CastWeightBiasOp) for norm in norms)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        model.to(torch.bfloat16)
+        for module in casting:
+            module.comfy_cast_weights = True
+        for norm in norms:
+            weight, bias = tiled_vae._affine(norm, torch.device("cpu"))
+            torch.testing.assert_close(weight, norm.weight.float(), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(bias, norm.bias.float(), rtol=1e-5, atol=1e-6)
+        with torch.inference_mode():
+            part = latent[..., :24, :32]
+            expected = vae.process_output(model.decode(part)).movedim(1, -1)
+            got = shared_decode(vae, part, tile=128)
+        assert float((got - expected).abs().max()) < 2 / 255
+    finally:
+        for module in casting:
+            del module.comfy_cast_weights
+        model.to(torch.float32)
+        model.load_state_dict(weights)
+
+
+def test_time_and_error_beside_the_hosts_tiled_decode(vae: Any, latent: Tensor) -> None:
+    """Prints processor time and error of both; the error of the shared statistics is the smaller one."""
+    latents = latent[..., :40, :40].repeat(1, 1, 2, 2)[..., :64, :64]
+    tile, overlap = 256, 0.25
+
+    def timed(run: Any) -> tuple[Tensor, float]:
+        start = time.process_time()
+        with torch.inference_mode():
+            result = run()
+        return result, time.process_time() - start
+
+    whole, seconds_whole = timed(lambda: vae.decode(latents))
+    units = tile // 8
+    host, seconds_host = timed(
+        lambda: vae.decode_tiled(latents, tile_x=units, tile_y=units, overlap=int(units * overlap))
+    )
+    shared, seconds_shared = timed(lambda: shared_decode(vae, latents, tile=tile, overlap=overlap))
+    error_host, error_shared = (float((result - whole).abs().max()) * 255 for result in (host, shared))
+    sys.stdout.write(
+        f"\n512 px, tile {tile}, overlap {overlap}: untiled {seconds_whole:.2f} s; "
+        f"host's tiled {seconds_host:.2f} s, error {error_host:.2f}/255; "
+        f"shared statistics {seconds_shared:.2f} s, error {error_shared:.2f}/255; "
+        f"ratio to the host's {seconds_shared / seconds_host:.2f}\n"
+    )
+    assert error_shared < 2
+    assert error_shared < error_host
