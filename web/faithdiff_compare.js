@@ -1,0 +1,23 @@
+// FaithDiff Compare: hands the pictures of a run to ComfyUI's own image comparison widget.
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+
+const urls = (images) => (images ?? []).map((image) => api.apiURL(`/view?${new URLSearchParams(image)}`));
+
+app.registerExtension({
+    name: "FaithDiff.Compare",
+    nodeCreated(node) {
+        if (node.constructor.comfyClass !== "FaithDiffCompare") return;
+        node.hideOutputImages = true; // Nodes 2.0: not once more below the slider
+        node.setSize([Math.max(node.size[0], 400), Math.max(node.size[1], 420)]);
+        const onExecuted = node.onExecuted;
+        node.onExecuted = function (output) {
+            onExecuted?.call(this, output);
+            const widget = this.widgets?.find((one) => one.type === "imagecompare");
+            if (!widget) return;
+            widget.value = { beforeImages: urls(output.a_images), afterImages: urls(output.b_images) };
+            widget.callback?.(widget.value);
+        };
+    },
+});
