@@ -84,7 +84,7 @@ def find_host() -> Path | None:
     if named:
         path = Path(named).expanduser().resolve()
         if not _is_host(path):
-            raise HostError(f"COMFYUI_PATH is {path}: no ComfyUI folder, as main.py, nodes.py and comfy/ are not all there.")
+            raise HostError(f"COMFYUI_PATH is {path}, but main.py, nodes.py and comfy/ are not in it.")
         return path
     places = [Path.home() / "comfy" / "ComfyUI"]
     if REPO.parent.name == "custom_nodes":

@@ -1,9 +1,9 @@
 """Files with the published names, widths and shapes, random weights and few bytes.
 
 `write_reduced_sdxl_checkpoint` makes a checkpoint that the host takes for SDXL: it looks at the first convolution's
-channels, the depths of the input transformers, and the widths of context and y. With one width for all levels and hardly
-any transformers behind the input side, a U-Net with these signs has 140 million parameters instead of 2.6 billion. VAE
-and text encoders have their full sizes, because their shapes are fixed in the host.
+channels, the depths of the input transformers, and the widths of context and y. With one width for all levels and
+hardly any transformers behind the input side, a U-Net with these signs has 140 million parameters instead of 2.6
+billion. VAE and text encoders have their full sizes, because their shapes are fixed in the host.
 
 The files stay small: all large tensors are overlapping views into a few blocks of random numbers, as pickles can store.
 """

@@ -133,9 +133,7 @@ def random_state(module: nn.Module, seed: int) -> dict[str, Tensor]:
 def tiny_clip(seed: int) -> comfy.sd.CLIP:
     """A CLIP of the SDXL refiner's kind (one text encoder) with 64 channels, for the golden U-Net."""
     target = comfy.supported_models.SDXLRefiner({}).clip_target()
-    clip = comfy.sd.CLIP(
-        target, model_options={"clip_g_model_config": dict(TEXT_CONFIG), "dtype": torch.float32}
-    )
+    clip = comfy.sd.CLIP(target, model_options={"clip_g_model_config": dict(TEXT_CONFIG), "dtype": torch.float32})
     load_exactly(clip.cond_stage_model, random_state(clip.cond_stage_model, seed))
     return clip
 
@@ -244,8 +242,6 @@ class TestLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model: comfy.model_patcher.ModelPatcher, seed: int = 0, strength: float = 1.0
-    ) -> io.NodeOutput:
+    def execute(cls, model: comfy.model_patcher.ModelPatcher, seed: int = 0, strength: float = 1.0) -> io.NodeOutput:
         patched, _ = comfy.sd.load_lora_for_models(model, None, lora_state(seed), strength, 0.0)
         return io.NodeOutput(patched)

@@ -1,0 +1,145 @@
+"""The real server over HTTP: a published-shape model, cancel, many prompts, bad values."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import Graph, Host, Node, PromptRejectedError, Server
+from PIL import Image
+from reduced import write_reduced_adapter, write_reduced_sdxl_checkpoint
+
+
+@pytest.fixture(scope="module")
+def published_shape(host: Host, server: Server) -> tuple[str, str]:
+    """Names of a checkpoint and an adapter file with the published widths, in the server's model folders."""
+    models = server.base / "models"
+    write_reduced_sdxl_checkpoint(models / "checkpoints" / "reduced.ckpt")
+    write_reduced_adapter(models / "faithdiff" / "reduced_adapter.bin")
+    return "reduced.ckpt", "reduced_adapter.bin"
+
+
+@pytest.fixture(scope="module")
+def photograph(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real photograph of 95 x 63 pixels, uploaded."""
+    from skimage import data
+
+    path = tmp_path_factory.mktemp("pictures") / "chelsea.png"
+    Image.fromarray(data.chelsea()).resize((95, 63), Image.Resampling.LANCZOS).save(path)
+    return server.upload(path)
+
+
+SAMPLER: dict[str, Any] = {
+    "seed": 1,
+    "steps": 2,
+    "cfg": 5.0,
+    "sampler_name": "euler",
+    "scheduler": "faithdiff",
+    "start_point": "lr",
+    "denoise": 1.0,
+    "tile_size": 64,
+    "overlap": 0.5,
+    "tile_batch": 0,
+}
+
+
+def restoration(
+    picture: str, source: tuple[list[Any], Node], texts: tuple[list[Any], list[Any]], vae: list[Any], graph: Graph, **kw: Any
+) -> Graph:
+    """A restoration of an uploaded picture to a saved one."""
+    _, loader = source
+    loaded = graph.add("LoadImage", image=picture)
+    prepare = graph.add("FaithDiffPrepareImage", image=loaded[0], mask=loaded[1], scale_by=2.0, longest_side=0, multiple=8)
+    features = graph.add("FaithDiffLQEncode", faithdiff=loader[1], pixels=prepare[0], tile_size=1024, overlap=0.25)
+    sampled = graph.add(
+        "FaithDiffSampler",
+        model=loader[0],
+        positive=texts[0],
+        negative=texts[1],
+        lq_features=features[0],
+        latent_image=graph.add("VAEEncode", pixels=prepare[0], vae=vae)[0],
+        **(SAMPLER | kw),
+    )
+    decoded = graph.add("FaithDiffTiledVAEDecode", samples=sampled[0], vae=vae, tile_size=64, overlap=0.25)
+    finish = graph.add("FaithDiffFinishImage", image=decoded[0], frame=prepare[1], color_fix="adain")
+    graph.add("SaveImage", images=finish[0], filename_prefix="faithdiff")
+    return graph
+
+
+def tiny(picture: str, **kw: Any) -> Graph:
+    """A restoration with the tiny model."""
+    graph = Graph()
+    base = graph.add("TestModel", weights="golden", seed=0)
+    loader = graph.add(
+        "FaithDiffModelLoader", faithdiff_name="faithdiff_tiny.safetensors", weight_dtype="default", model=base[0]
+    )
+    text = {"seed": 0, "width": 64, "pooled_width": 64, "tokens": 77}
+    texts = tuple(graph.add("TestConditioning", which=which, **text)[0] for which in ("positive", "negative"))
+    vae = graph.add("TestVAE")
+    return restoration(picture, (base[0], loader), (texts[0], texts[1]), vae[0], graph, **kw)
+
+
+def test_published_shape_through_the_stock_loader(
+    server: Server, published_shape: tuple[str, str], photograph: str
+) -> None:
+    """CheckpointLoaderSimple, CLIPTextEncode, this pack, SaveImage; 95 x 63 becomes 190 x 126."""
+    checkpoint, adapter = published_shape
+    graph = Graph()
+    base = graph.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+    loader = graph.add("FaithDiffModelLoader", faithdiff_name=adapter, weight_dtype="default", model=base[0])
+    texts = [graph.add("CLIPTextEncode", clip=base[1], text=text)[0] for text in ("a photograph of a cat", "")]
+    restoration(photograph, (base[0], loader), (texts[0], texts[1]), base[2], graph, tile_size=128, steps=1)
+    result = server.run(graph, timeout=600)
+    (image,) = result.images
+    picture = Image.open(io.BytesIO(server.view(image)))
+    assert picture.size == (190, 126)
+    assert np.asarray(picture).std() > 1  # not one flat colour
+
+
+def test_an_identical_prompt_comes_from_the_cache(server: Server, photograph: str) -> None:
+    server.run(tiny(photograph, seed=11))
+    again = server.run(tiny(photograph, seed=11))
+    executing = [data["node"] for kind, data in again.messages if kind == "executing" and data.get("node")]
+    assert executing == []
+
+
+def test_bad_values_are_http_400(server: Server, photograph: str) -> None:
+    for values, text in (
+        ({"tile_size": 63}, "nearest size that works is 64"),
+        ({"tile_size": 130}, "multiple of 8"),
+        ({"overlap": 0.91}, "between 0 and 0.9"),
+        ({"scheduler": "nonsense"}, "not in list"),
+        ({"start_point": "middle"}, "not in list"),
+        ({"steps": 1001}, "bigger than max"),
+    ):
+        with pytest.raises(PromptRejectedError) as rejected:
+            server.run(tiny(photograph, **values))
+        assert rejected.value.status == 400
+        errors = [e for entry in rejected.value.body["node_errors"].values() for e in entry["errors"]]
+        assert any(text in f"{e['message']} {e['details']}" for e in errors), errors
+
+
+def test_cancel_then_another_prompt(server: Server, photograph: str) -> None:
+    """Cancelled in the middle of a tiled run; the next prompt succeeds, and memory returns to what it was."""
+    for seed in range(20, 24):
+        server.run(tiny(photograph, seed=seed))
+    before = server.resident_bytes()
+    for seed in range(3):
+        with server.submit(tiny(photograph, seed=100 + seed, steps=500)) as job:
+            job.wait_for(lambda kind, data: kind == "progress" and data["value"] >= 2)
+            server.interrupt()
+            assert job.wait(60).status == "execution_interrupted"
+        assert server.run(tiny(photograph, seed=200 + seed)).status == "execution_success"
+    assert server.resident_bytes() < 1.05 * before
+
+
+def test_fifty_prompts_do_not_grow_memory(server: Server, photograph: str) -> None:
+    for seed in range(300, 310):
+        server.run(tiny(photograph, seed=seed, steps=1))
+    before = server.resident_bytes()
+    for seed in range(310, 360):
+        server.run(tiny(photograph, seed=seed, steps=1))
+    assert server.resident_bytes() < 1.02 * before + 10e6
