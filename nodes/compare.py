@@ -36,7 +36,7 @@ class FaithDiffCompare(io.ComfyNode):
                     tooltip="slider: move the mouse over the picture (Nodes 2.0; the classic node design shows both pictures). "
                     "side_by_side: both in one picture. The output is side by side in both.",
                 ),
-                io.ImageCompare.Input("compare_view"),
+                io.ImageCompare.Input("compare_view", optional=True),
             ],
             outputs=[
                 io.Image.Output(display_name="side_by_side", tooltip="Before on the left, after on the right, for Save Image.")

@@ -1,4 +1,4 @@
-"""Write workflows/*.json and workflows/api/*.json from `workflow_graphs.py`.
+"""Write workflows/*.json, workflows/api/*.json and subgraphs/*.json from `workflow_graphs.py`.
 
     COMFYUI_PATH=/path/to/ComfyUI python scripts/build_workflows.py
 
@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from workflow_graphs import DOWNLOADS, GRAPHS, Graph, Link, Node
+from workflow_graphs import BLUEPRINTS, DOWNLOADS, GRAPHS, Blueprint, Graph, Link, Node
 
-WORKFLOWS = Path(__file__).parent.parent / "workflows"
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 NOTE_WIDTH, NOTE_HEIGHT = 400, 260
-WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 _IDS = uuid.UUID("6f0a3f5e-6a0e-4d2c-9d0a-0f1d1ff0fa17")
 
 
@@ -65,8 +67,10 @@ def complete(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> Graph:
     return Graph(graph.name, graph.description, nodes)
 
 
-def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[str, Any]:
-    """The graph as the page loads it, with a note. `graph` is complete."""
+def _page_nodes(
+    graph: Graph, classes: Mapping[str, type[NodeClass]]
+) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    """Nodes and links ([id, from, slot, to, slot, type]) as the page has them. `graph` is complete."""
     ids = {key: int(number) for key, number in _ids(graph).items()}
     links: list[list[Any]] = []
     outgoing: dict[tuple[str, int], list[int]] = {}
@@ -112,7 +116,13 @@ def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[st
             {"name": str(name), "type": str(kind), "links": outgoing.get((key, slot))}
             for slot, (name, kind) in enumerate(zip(names, _outputs(node_class), strict=True))
         ]
-    note_id = max(ids.values()) + 1
+    return nodes, links
+
+
+def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[str, Any]:
+    """The graph as the page loads it, with a note. `graph` is complete."""
+    nodes, links = _page_nodes(graph, classes)
+    note_id = len(nodes) + 1
     top = min(node.at[1] for node in graph.nodes.values())
     left = min(node.at[0] for node in graph.nodes.values())
     nodes.append(
@@ -144,6 +154,122 @@ def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[st
     }
 
 
+def blueprint_format(blueprint: Blueprint, classes: Mapping[str, type[NodeClass]]) -> dict[str, Any]:
+    """A subgraph blueprint: one node, and the definition of what is inside."""
+    graph = blueprint.graph
+    nodes, plain_links = _page_nodes(graph, classes)
+    ids = {key: int(number) for key, number in _ids(graph).items()}
+    by_id = {node["id"]: node for node in nodes}
+    links = [
+        dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
+        for link in plain_links
+    ]
+    left, right = min(n.at[0] for n in graph.nodes.values()), max(n.at[0] for n in graph.nodes.values())
+    inputs: list[dict[str, Any]] = []
+    outer_inputs: list[dict[str, Any]] = []
+    values: list[Any] = []
+
+    def connect(origin: int, origin_slot: int, target: int, target_slot: int, kind: str) -> int:
+        links.append(
+            {
+                "id": len(links) + 1,
+                "origin_id": origin,
+                "origin_slot": origin_slot,
+                "target_id": target,
+                "target_slot": target_slot,
+                "type": kind,
+            }
+        )
+        return len(links)
+
+    for slot, (name, key, inner) in enumerate(blueprint.inputs):
+        node = by_id[ids[key]]
+        inner_slot = next(i for i, entry in enumerate(node["inputs"]) if entry["name"] == inner)
+        entry = node["inputs"][inner_slot]
+        entry["link"] = connect(-10, slot, ids[key], inner_slot, entry["type"])
+        shared = {"name": name, "type": entry["type"]}
+        inputs.append(
+            {
+                "id": str(uuid.uuid5(_IDS, f"{graph.name}/in/{name}")),
+                **shared,
+                "linkIds": [entry["link"]],
+                "pos": [left - 200, 20 * slot],
+            }
+        )
+        outer: dict[str, Any] = {**shared, "link": None}
+        if "widget" in entry:
+            outer["widget"] = {"name": name}
+            values.append(graph.nodes[key].inputs[inner])
+        outer_inputs.append(outer)
+    outputs = []
+    for slot, (name, link) in enumerate(blueprint.outputs):
+        source = by_id[ids[link.node]]["outputs"][link.slot]
+        number = connect(ids[link.node], link.slot, -20, slot, source["type"])
+        source["links"] = [*(source["links"] or []), number]
+        outputs.append(
+            {
+                "id": str(uuid.uuid5(_IDS, f"{graph.name}/out/{name}")),
+                "name": name,
+                "type": source["type"],
+                "linkIds": [number],
+                "pos": [right + 500, 20 * slot],
+            }
+        )
+    subgraph_id = str(uuid.uuid5(_IDS, graph.name))
+    return {
+        "revision": 0,
+        "last_node_id": 1,
+        "last_link_id": 0,
+        "nodes": [
+            {
+                "id": 1,
+                "type": subgraph_id,
+                "pos": [0, 0],
+                "size": [400, 80 + 26 * len(inputs)],
+                "flags": {},
+                "order": 0,
+                "mode": 0,
+                "inputs": outer_inputs,
+                "outputs": [{"name": o["name"], "type": o["type"], "links": None} for o in outputs],
+                "title": blueprint.name,
+                "properties": {"proxyWidgets": [["-1", e["name"]] for e in outer_inputs if "widget" in e]},
+                "widgets_values": values,
+            }
+        ],
+        "links": [],
+        "version": 0.4,
+        "definitions": {
+            "subgraphs": [
+                {
+                    "id": subgraph_id,
+                    "version": 1,
+                    "state": {
+                        "lastGroupId": 0,
+                        "lastNodeId": len(nodes),
+                        "lastLinkId": len(links),
+                        "lastRerouteId": 0,
+                    },
+                    "revision": 0,
+                    "config": {},
+                    "name": blueprint.name,
+                    "inputNode": {"id": -10, "bounding": [left - 220, 0, 120, 40 + 20 * len(inputs)]},
+                    "outputNode": {"id": -20, "bounding": [right + 480, 0, 120, 40 + 20 * len(outputs)]},
+                    "inputs": inputs,
+                    "outputs": outputs,
+                    "widgets": [],
+                    "nodes": nodes,
+                    "groups": [],
+                    "links": links,
+                    "extra": {},
+                    "category": blueprint.category,
+                    "description": graph.description,
+                }
+            ]
+        },
+        "extra": {},
+    }
+
+
 def texts(classes: Mapping[str, type[NodeClass]]) -> dict[Path, str]:
     """All files and what they should hold."""
     out: dict[Path, str] = {}
@@ -151,6 +277,10 @@ def texts(classes: Mapping[str, type[NodeClass]]) -> dict[Path, str]:
         graph = complete(make(), classes)
         out[WORKFLOWS / f"{graph.name}.json"] = _dump(page_format(graph, classes))
         out[WORKFLOWS / "api" / f"{graph.name}.json"] = _dump(api_format(graph))
+    for make_blueprint in BLUEPRINTS:
+        blueprint = make_blueprint()
+        blueprint = replace(blueprint, graph=complete(blueprint.graph, classes))
+        out[SUBGRAPHS / f"{blueprint.name}.json"] = _dump(blueprint_format(blueprint, classes))
     return out
 
 
@@ -211,11 +341,18 @@ def _downloads(node: Node) -> dict[str, Any]:
 def main() -> None:
     """Build with the classes of a real host."""
     import sys
+    import tempfile
 
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "host"))
-    from harness import host_node_classes
+    sys.path.insert(0, str(ROOT / "tests" / "host"))
+    from harness import Host, find_host
 
-    for path, text in texts(host_node_classes()).items():
+    path = find_host()
+    if path is None:
+        raise SystemExit("No ComfyUI found; set COMFYUI_PATH.")
+    with tempfile.TemporaryDirectory() as base:
+        host = Host(path, Path(base))
+        written = texts({name: host.node_class(name) for name in host.node_ids})
+    for path, text in written.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 

@@ -10,7 +10,6 @@ import comfy.model_patcher
 import comfy.utils
 import folder_paths
 import torch
-from comfy.patcher_extension import CallbacksMP
 from torch import Tensor, nn
 
 from ...faithdiff_core.captioner import Captioner, load_captioner
@@ -34,14 +33,28 @@ ALL_OF_IT = 1e32
 """More bytes than any model has."""
 
 
-class _WholePatcher(comfy.model_patcher.ModelPatcher):
-    """A patcher for modules that are not the host's own: these work on one device, so they are loaded whole or not at all."""
+class _CaptionerPatcher(comfy.model_patcher.ModelPatcher):
+    """The host's patcher for modules that are not its own.
+
+    These work on one device, so they are loaded whole or not at all. Unloaded, they leave RAM, too: the device for what is
+    not in use is "meta", which keeps nothing. (Dropping the patcher itself must wait: the host walks through its list of
+    models while it unloads, and would lose its place.)
+
+    Attributes:
+        freed: the weights are gone; a new one must be made.
+    """
+
+    freed = False
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, *args: Any, **kw: Any) -> Any:
         return super().partially_load(device_to, ALL_OF_IT, *args, **kw)
 
     def partially_unload(self, *args: Any, **kw: Any) -> int:
         return 0  # nothing was freed: the host unloads the whole model then
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        self.freed = self.freed or unpatch_all  # else it is only moved within the host's list
+        return super().detach(unpatch_all)
 
 
 class _CaptionerModule(nn.Module):
@@ -53,30 +66,24 @@ class _CaptionerModule(nn.Module):
         self.model = captioner.model
 
 
-_kept: dict[tuple[str, str], _WholePatcher] = {}
+_kept: dict[tuple[str, str], _CaptionerPatcher] = {}
 """The last captioner, by name and precision, as long as the host keeps it loaded."""
 
 
-def captioner_for(model: str, dtype: str, allow_download: bool) -> _WholePatcher:
+def captioner_for(model: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     """The patcher of a captioner: the last one if it is the same, or a new one.
 
     It is kept for as long as the host keeps it loaded. When the host makes room for other models, or is told to free its
     memory, it is gone from RAM, too.
     """
     key = (model, dtype)
-    if key not in _kept:
+    if key not in _kept or _kept[key].freed:
         _kept.clear()  # before the next one is read, so that never two of them are in memory
         _kept[key] = _load(resolve_model(model), dtype, allow_download)
-        _kept[key].add_callback(CallbacksMP.ON_DETACH, lambda patcher, unpatched: _forget(patcher))
     return _kept[key]
 
 
-def _forget(patcher: _WholePatcher) -> None:
-    for key in [key for key, kept in _kept.items() if kept is patcher]:
-        del _kept[key]
-
-
-def _load(source: str, dtype: str, allow_download: bool) -> _WholePatcher:
+def _load(source: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     device = comfy.model_management.text_encoder_device()
     chosen = CAPTION_DTYPES[dtype]
     if chosen is None and not (
@@ -84,10 +91,10 @@ def _load(source: str, dtype: str, allow_download: bool) -> _WholePatcher:
         or comfy.model_management.should_use_bf16(device)
     ):
         chosen = torch.float32
-    return _WholePatcher(
+    return _CaptionerPatcher(
         _CaptionerModule(load_captioner(source, chosen, allow_download)),
         load_device=device,
-        offload_device=comfy.model_management.text_encoder_offload_device(),
+        offload_device=torch.device("meta"),
     )
 
 
@@ -111,7 +118,7 @@ def resolve_model(name: str) -> str:
 
 
 def caption_images(
-    patcher: _WholePatcher, images: Tensor, prompt: str, max_new_tokens: int, temperature: float, seed: int
+    patcher: _CaptionerPatcher, images: Tensor, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> list[str]:
     """Describe pictures one by one with the host's memory management, progress and cancel.
 

@@ -714,6 +714,41 @@ class Page:
         )
         self._until(lambda: len(self.node_types()) == count, timeout, f"{count} nodes of {workflow.name}")
 
+    def load(self, workflow: Path) -> None:
+        """Load a workflow or blueprint file without the mouse."""
+        self._async_script("window.app.loadGraphData(JSON.parse(arguments[0]))", workflow.read_text(encoding="utf-8"))
+
+    def prompt(self) -> Prompt:
+        """What queueing the open graph would send to the server, subgraphs unfolded."""
+        return dict(self._async_script("window.app.graphToPrompt().then(prompt => prompt.output)"))
+
+    def set_widget(self, class_type: str, name: str, value: Any) -> None:
+        """Set a widget of the only node of a type."""
+        self.script(
+            """
+            const nodes = window.app.graph.nodes.filter(n => n.type === arguments[0]);
+            nodes[0].widgets.find(w => w.name === arguments[1]).value = arguments[2];
+            """,
+            class_type,
+            name,
+            value,
+        )
+
+    def _async_script(self, promise: str, *arguments: Any) -> Any:
+        """Wait for a promise of the page and return what it gives.
+
+        Raises:
+            RuntimeError: it was rejected.
+        """
+        answer = self._driver.execute_async_script(
+            f"const done = arguments[arguments.length - 1];"
+            f"Promise.resolve({promise}).then(value => done([true, value]), error => done([false, String(error)]));",
+            *arguments,
+        )
+        if not answer[0]:
+            raise RuntimeError(answer[1])
+        return answer[1]
+
     def clear(self) -> None:
         """Empty the graph."""
         self.script("window.app.graph.clear()")

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from faithdiff_core import AlignmentConfig, LQEncoder, LQEncoderConfig
+from faithdiff_core.unet_layout import UNetConfig
 from faithdiff_core.weights import ENCODER_PREFIX
 
 UNET_CONFIG: dict[str, Any] = {
@@ -81,11 +83,14 @@ class RandomWeights:
         return torch.as_strided(self._pools[exponent], shape, strides, offset)
 
 
-def write_reduced_sdxl_checkpoint(path: Path, *, text_encoders: bool = True, seed: int = 0) -> None:
+def write_reduced_sdxl_checkpoint(
+    path: Path, *, text_encoders: bool = True, safetensors: bool = False, seed: int = 0
+) -> None:
     """Write a checkpoint for the stock CheckpointLoaderSimple. Needs the host in this process.
 
     Args:
-        path: ends in .ckpt.
+        path: ends in .ckpt, or in .safetensors.
+        safetensors: write that format, which cannot share memory: 2 GB on disk with text encoders.
         text_encoders: with CLIP-L and CLIP-G, whose 818 million parameters cost the loader 1.6 GB of memory; without
             them its CLIP is None.
         seed: of the weights.
@@ -107,7 +112,11 @@ def write_reduced_sdxl_checkpoint(path: Path, *, text_encoders: bool = True, see
             clip = importlib.import_module("comfy.sdxl_clip").SDXLClipModel(device="meta", dtype=torch.float16)
             published = sdxl.process_clip_state_dict_for_saving(clip.state_dict())
             shapes |= {key: tuple(value.shape) for key, value in published.items() if "position_ids" not in key}
-    torch.save({"state_dict": {key: weights.tensor(key, shape) for key, shape in shapes.items()}}, path)
+    state = {key: weights.tensor(key, shape) for key, shape in shapes.items()}
+    if safetensors:
+        save_file({key: value.contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save({"state_dict": state}, path)
 
 
 def write_reduced_adapter(path: Path, *, seed: int = 1) -> None:
@@ -118,10 +127,27 @@ def write_reduced_adapter(path: Path, *, seed: int = 1) -> None:
         seed: of the weights.
     """
     weights = RandomWeights(seed)
+    torch.save({key: weights.tensor(key, shape) for key, shape in _adapter_shapes().items()}, path)
+
+
+def _adapter_shapes() -> dict[str, tuple[int, ...]]:
+    """The published LQ encoder and alignment."""
     encoder = LQEncoder(LQEncoderConfig((128, 256, 512, 512), 2), device="meta")
     alignment = AlignmentConfig(
         feature_channels=512, condition_channels=320, unet_channels=320, mlp_channels=1280, layers=2
     )
     shapes = {ENCODER_PREFIX + key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    shapes |= alignment.published_shapes()
+    return shapes | alignment.published_shapes()
+
+
+def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
+    """Write a file with all tensors of FaithDiff.bin in their published shapes, a few megabytes on disk.
+
+    Args:
+        path: ends in .bin.
+        seed: of the weights.
+    """
+    unet = UNetConfig((320, 640, 1280), 2, (0, 2, 10), 10, 2048, 2816)
+    weights = RandomWeights(seed)
+    shapes = {**_adapter_shapes(), **unet.shapes()}
     torch.save({key: weights.tensor(key, shape) for key, shape in shapes.items()}, path)

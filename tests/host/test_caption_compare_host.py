@@ -6,6 +6,7 @@ import gc
 import importlib
 import struct
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,13 +143,15 @@ def test_one_model_is_kept_until_the_host_unloads_it(host: Host) -> None:
     host.call("FaithDiffCaption", image=image, **(CAPTION | {"dtype": "bf16"}))
     gc.collect()
     assert first() is None
-    second = weakref.ref(bridge.captioner_for("tiny_llava", "bf16", False))
-    weights = weakref.ref(next(second().model.parameters()))
-    assert weights().dtype == torch.bfloat16
+    second = bridge.captioner_for("tiny_llava", "bf16", False)
+    weights = [weakref.ref(weight) for weight in second.model.parameters()]
+    assert {weight().dtype for weight in weights} == {torch.bfloat16}
+    before = host.call("FaithDiffCaption", image=image, **(CAPTION | {"dtype": "bf16"}))
     management.unload_all_models()
     gc.collect()
-    assert second() is None and weights() is None, "the model is still in memory"
-    host.call("FaithDiffCaption", image=image, **CAPTION)
+    assert all(weight() is None for weight in weights), "the model is still in memory"
+    assert second not in [loaded.model for loaded in management.current_loaded_models]
+    assert host.call("FaithDiffCaption", image=image, **(CAPTION | {"dtype": "bf16"})) == before
 
 
 def test_loaded_whole_or_not_at_all(host: Host) -> None:
@@ -156,8 +159,6 @@ def test_loaded_whole_or_not_at_all(host: Host) -> None:
     bridge = host.pack_module("nodes.bridge.captioner")
     management = importlib.import_module("comfy.model_management")
     patcher = bridge.captioner_for("tiny_llava", "fp32", False)
-    management.load_models_gpu([patcher])
-    patcher.detach()
     patcher.partially_load(patcher.load_device, 0.1)
     assert patcher.loaded_size() == patcher.model_size() > 0
     assert patcher.partially_unload(patcher.offload_device, 1) == 0
@@ -254,7 +255,17 @@ def test_one_picture_before_for_all_after(host: Host) -> None:
         host.call("FaithDiffCompare", before=after, after=before, mode="slider")
 
 
-def test_slider_in_the_page(browser: Page) -> None:
+WIDGET = "window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare').widgets.find(w => w.type === 'imagecompare').value"
+SHOWN = """
+const node = document.querySelector(`[data-node-id="${window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare').id}"]`);
+return [...(node ?? document.createElement("div")).querySelectorAll("img")].filter(i => i.naturalWidth).map(i => i.src);
+"""
+
+
+@pytest.fixture
+def compare_page(browser: Page) -> Iterator[Page]:
+    """The page with two pictures and FaithDiff Compare, drawn as Nodes 2.0."""
+    browser.script("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)")
     browser.clear()
     browser.script(
         """
@@ -262,18 +273,42 @@ def test_slider_in_the_page(browser: Page) -> None:
         const first = add("TestImage"), second = add("TestImage"), compare = add("FaithDiffCompare");
         first.connect(0, compare, 0);
         second.connect(0, compare, 1);
+        first.pos = [50, 500];
+        second.pos = [450, 500];
         """
     )
-    done = browser.queue()
+    yield browser
+    browser.script("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+def shown_in_page(page: Page, count: int) -> list[str]:
+    """Addresses of the pictures in the node, once there are so many."""
+    end = time.monotonic() + 20
+    while len(shown := page.script(SHOWN)) != count and time.monotonic() < end:
+        time.sleep(0.1)
+    return list(shown)
+
+
+def test_modes_in_the_page(compare_page: Page) -> None:
+    done = compare_page.queue()
     assert not done.node_errors and done.execution_error is None
-    value = browser.script(
-        "return window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare').widgets.find(w => w.type === 'imagecompare').value"
+    (output,) = done.outputs.values()
+    (before,), (after,) = output["a_images"], output["b_images"]
+    value = compare_page.script(f"return {WIDGET}")
+    assert [before["filename"] in url for url in value["beforeImages"]] == [True]
+    assert [after["filename"] in url for url in value["afterImages"]] == [True]
+    sources = shown_in_page(compare_page, 2)
+    assert len(sources) == 2
+    assert all(any(entry["filename"] in source for source in sources) for entry in (before, after))
+
+    compare_page.script(
+        "const node = window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare');"
+        "node.widgets.find(w => w.name === 'mode').value = 'side_by_side'"
     )
-    (images,) = [shown for shown in done.outputs.values() if "a_images" in shown]
-    for urls, entries in ((value["beforeImages"], images["a_images"]), (value["afterImages"], images["b_images"])):
-        (url,), (entry,) = urls, entries
-        assert entry["filename"] in url
-        assert browser.script("return fetch(arguments[0]).then(r => r.headers.get('content-type'))", url) == "image/png"
+    (output,) = compare_page.queue().outputs.values()
+    (pair,) = output["images"]
+    (source,) = shown_in_page(compare_page, 1)
+    assert pair["filename"] in source
 
 
 # --------------------------------------------------------------------------------------------------------- progress
