@@ -1,7 +1,7 @@
 """Captioners: image-to-text models of transformers that write the caption for a picture.
 
-Any model that `AutoModelForImageTextToText` loads will do: LLaVA-1.5, which wrote FaithDiff's training captions, Qwen-VL,
-BLIP, GIT and so on. Nothing is downloaded unless asked, and code that comes with a model is never run.
+Any model that `AutoModelForImageTextToText` loads will do: LLaVA-1.5, which wrote FaithDiff's training captions,
+Qwen-VL, BLIP, GIT and so on. Nothing is downloaded unless asked, and code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -142,11 +142,11 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
     Args:
         model: a folder as transformers saves it, or a hub id ("llava-hf/llava-1.5-7b-hf").
         dtype: precision of the weights; None for the one they were saved in.
-        allow_download: let transformers fetch a hub id that is not on this machine. A folder is never looked for online.
+        allow_download: let transformers fetch a hub id that is not on this machine. A folder is never fetched.
 
     Raises:
         MissingPackageError: transformers is not installed.
-        WeightsError: nothing is there, files are missing or broken, or transformers has no image-to-text model for them.
+        WeightsError: nothing is there, files are missing or broken, or transformers has no image-to-text model for it.
     """
     try:
         import transformers
@@ -163,13 +163,13 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
         config = transformers.AutoConfig.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(
-            f"{name}: {version} cannot read its config.json or does not know its architecture. A newer transformers may; "
-            f"models that bring their own code are not run. ({_first_line(error)})"
+            f"{name}: {version} cannot read its config.json or does not know its architecture. A newer transformers "
+            f"may; models that bring their own code are not run. ({_first_line(error)})"
         ) from error
     if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise WeightsError(
-            f"{name} is of the type `{config.model_type}`, which {version} does not load as an image-to-text model. Choose "
-            f"one that it does, such as LLaVA, Qwen-VL, BLIP or GIT."
+            f"{name} is of the type `{config.model_type}`, which {version} does not load as an image-to-text model. "
+            f"Choose one that it does, such as LLaVA, Qwen-VL, BLIP or GIT."
         )
     # Renamed in transformers 4.56; releases before that take an unknown keyword for the model's own.
     keyword = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -182,13 +182,13 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
         raise MissingPackageError(f"{name} needs a package that is not installed: {_first_line(error)}") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise WeightsError(
-            f"{name} cannot be loaded: {_first_line(error)} A whole model folder has config.json, weights (*.safetensors), "
-            f"and the files of its tokenizer and its image processor; download it again."
+            f"{name} cannot be loaded: {_first_line(error)} A whole model folder has config.json, weights "
+            f"(*.safetensors), and the files of its tokenizer and its image processor; download it again."
         ) from error
     if missing := sorted(info["missing_keys"]):
         raise WeightsError(
-            f"{name} lacks {len(missing)} weights of a `{config.model_type}` model ({', '.join(missing[:3])}, ...). The "
-            f"download may be incomplete, or config.json belongs to another model."
+            f"{name} lacks {len(missing)} weights of a `{config.model_type}` model ({', '.join(missing[:3])}, ...). "
+            f"The download may be incomplete, or config.json belongs to another model."
         )
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise WeightsError(
@@ -204,13 +204,14 @@ def _source(name: str, allow_download: bool) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise WeightsError(
-                f"{folder} has no config.json. Name a folder as transformers saves it, with config.json, *.safetensors and "
-                f"the files of its tokenizer and image processor (a single .gguf or .safetensors file will not do)."
+                f"{folder} has no config.json. Name a folder as transformers saves it, with config.json, *.safetensors "
+                f"and the files of its tokenizer and image processor (a single .gguf or .safetensors file will not do)."
             )
         return str(folder)
     if folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(name):
         raise WeightsError(
-            f"`{name}` is neither a folder nor a hub id. Name a model folder, or a hub id such as llava-hf/llava-1.5-7b-hf."
+            f"`{name}` is neither a folder nor a hub id. Name a model folder, or a hub id such as "
+            f"llava-hf/llava-1.5-7b-hf."
         )
     if allow_download:
         return name
@@ -221,8 +222,8 @@ def _source(name: str, allow_download: bool) -> str:
         return str(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"`{name}` is not on this machine, and downloading is off. Put the model's files in a folder and name that, or "
-            f"allow the download."
+            f"`{name}` is not on this machine, and downloading is off. Put the model's files in a folder and name "
+            f"that, or allow the download."
         ) from error
 
 

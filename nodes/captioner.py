@@ -31,30 +31,31 @@ class FaithDiffCaption(io.ComfyNode):
                 io.String.Input(
                     "model",
                     default=PUBLISHED_MODEL,
-                    tooltip="Name of a folder in models/LLM, an absolute path, or a hub id. The folder has config.json, "
-                    "*.safetensors and the files of tokenizer and image processor. LLaVA-1.5 7B takes 14 GB.",
+                    tooltip="Name of a folder in models/LLM, an absolute path, or a hub id. The folder has "
+                    "config.json, *.safetensors and the files of tokenizer and image processor. LLaVA-1.5 7B takes 14 "
+                    "GB.",
                 ),
                 io.String.Input(
                     "prompt",
                     default=CAPTION_PROMPT,
                     multiline=True,
-                    tooltip="The question. FaithDiff was trained with captions that answer the default one. BLIP and GIT "
-                    "continue this text instead of answering it: leave it empty for them.",
+                    tooltip="The question. FaithDiff was trained with captions that answer the default one. BLIP and "
+                    "GIT continue this text instead of answering it: leave it empty for them.",
                 ),
                 io.Int.Input(
                     "max_new_tokens",
                     default=MAX_NEW_TOKENS,
                     min=1,
                     max=4096,
-                    tooltip="Longest answer before trimming, in tokens (a word is one or two). 64 is faster, and enough for two "
-                    "sentences.",
+                    tooltip="Longest answer before trimming, in tokens (a word is one or two). 64 is faster, and "
+                    "enough for two sentences.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=list(CAPTION_DTYPES),
                     default="default",
-                    tooltip="Precision of the model. `default`: the one it was saved in, or fp32 where the device computes in no "
-                    "half precision.",
+                    tooltip="Precision of the model. `default`: the one it was saved in, or fp32 where the device "
+                    "computes in no half precision.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -62,8 +63,8 @@ class FaithDiffCaption(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="0: always the likeliest word, the same caption every time. Above: words are drawn, the higher the "
-                    "freer.",
+                    tooltip="0: always the likeliest word, the same caption every time. Above: words are drawn, the "
+                    "higher the freer.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -76,8 +77,8 @@ class FaithDiffCaption(io.ComfyNode):
                 io.Boolean.Input(
                     "trim",
                     default=True,
-                    tooltip="As published: drop the lead-in (\"The image features\") and keep the first sentences. Off for BLIP "
-                    "and GIT, which have no lead-in.",
+                    tooltip='As published: drop the lead-in ("The image features") and keep the first sentences. Off '
+                    "for BLIP and GIT, which have no lead-in.",
                 ),
                 io.Int.Input(
                     "sentences",
@@ -98,15 +99,16 @@ class FaithDiffCaption(io.ComfyNode):
                 io.Boolean.Input(
                     "allow_download",
                     default=False,
-                    tooltip="Let transformers download a hub id that is not on this machine (to its own cache folder). Off: "
-                    "nothing is ever looked for online.",
+                    tooltip="Let transformers download a hub id that is not on this machine (to its own cache "
+                    "folder). Off: nothing is ever looked for online.",
                 ),
             ],
             outputs=[
                 io.String.Output(
                     display_name="caption",
                     is_output_list=True,
-                    tooltip="For CLIP Text Encode. A list with one caption for each picture: what follows runs once for each.",
+                    tooltip="For CLIP Text Encode. A list with one caption for each picture: what follows runs once "
+                    "for each.",
                 )
             ],
         )
@@ -128,7 +130,9 @@ class FaithDiffCaption(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors("FaithDiff Caption"):
             if not model.strip():
-                raise SettingsError(f"`model` is empty. Name a folder in models/LLM, or a hub id such as {PUBLISHED_MODEL}.")
+                raise SettingsError(
+                    f"`model` is empty. Name a folder in models/LLM, or a hub id such as {PUBLISHED_MODEL}."
+                )
             patcher = captioner_for(model, dtype, allow_download)
             captions = caption_images(patcher, image, prompt, max_new_tokens, temperature, seed)
             if trim:

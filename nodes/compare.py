@@ -22,8 +22,8 @@ class FaithDiffCompare(io.ComfyNode):
             node_id="FaithDiffCompare",
             display_name="FaithDiff Compare",
             category="FaithDiff",
-            description="Shows the low-quality picture against the restored one, with ComfyUI's own slider or side by side. "
-            "Smaller `before` pictures are enlarged to the size of `after` (Lanczos).",
+            description="Shows the low-quality picture against the restored one, with ComfyUI's own slider or side by "
+            "side. Smaller `before` pictures are enlarged to the size of `after` (Lanczos).",
             search_aliases=["faithdiff compare", "before after", "image compare", "slider"],
             is_output_node=True,
             inputs=[
@@ -33,13 +33,15 @@ class FaithDiffCompare(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="slider: move the mouse over the picture (Nodes 2.0; the classic node design shows both pictures). "
-                    "side_by_side: both in one picture. The output is side by side in both.",
+                    tooltip="slider: move the mouse over the picture (Nodes 2.0; the classic node design shows both "
+                    "pictures). side_by_side: both in one picture. The output is side by side in both.",
                 ),
                 io.ImageCompare.Input("compare_view", optional=True),
             ],
             outputs=[
-                io.Image.Output(display_name="side_by_side", tooltip="Before on the left, after on the right, for Save Image.")
+                io.Image.Output(
+                    display_name="side_by_side", tooltip="Before on the left, after on the right, for Save Image."
+                )
             ],
         )
 
@@ -50,8 +52,8 @@ class FaithDiffCompare(io.ComfyNode):
             pairs = torch.cat([before, after], dim=2)
             if mode == "slider":
                 first, second = (ui.PreviewImage(images, cls=cls).values for images in (before, after))
-                # The first two are for the slider, which the page has in its newer node design; the classic design shows
-                # `images`, one beside the other.
+                # The first two are for the slider, which the page has in its newer node design (Nodes 2.0). The classic
+                # design shows `images`.
                 view = {"a_images": first, "b_images": second, "images": [*first, *second]}
                 return io.NodeOutput(pairs, ui=view)
             return io.NodeOutput(pairs, ui=ui.PreviewImage(pairs, cls=cls))
@@ -62,7 +64,8 @@ def _matched(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     before, after = before[..., :3], after[..., :3]
     if before.shape[0] not in (1, after.shape[0]):
         raise PictureError(
-            f"there are {before.shape[0]} pictures before and {after.shape[0]} after; give one for each, or one for all."
+            f"there are {before.shape[0]} pictures before and {after.shape[0]} after; give one for each, or one "
+            f"for all."
         )
     height, width = after.shape[1:3]
     if before.shape[1:3] != after.shape[1:3]:

@@ -18,11 +18,11 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-import tiny_captioners  # noqa: E402
+import tiny_captioners
 
-from faithdiff_core.captioner import LLAVA_FORMAT, Captioner, load_captioner  # noqa: E402
-from faithdiff_core.captions import CAPTION_PROMPT, trim_caption  # noqa: E402
-from faithdiff_core.errors import MissingPackageError, PictureError, SettingsError, WeightsError  # noqa: E402
+from faithdiff_core.captioner import LLAVA_FORMAT, Captioner, load_captioner
+from faithdiff_core.captions import CAPTION_PROMPT, trim_caption
+from faithdiff_core.errors import MissingPackageError, PictureError, SettingsError, WeightsError
 
 ARCHITECTURES = ("llava", "blip", "git")
 PROMPT = "Describe this image"
@@ -144,9 +144,9 @@ def test_chat_template_is_used(folders: dict[str, Path], tmp_path: Path) -> None
 
 
 def test_caption_can_be_trimmed(captioners: dict[str, Captioner]) -> None:
-    text = captioners["llava"].caption(picture(), CAPTION_PROMPT, TOKENS)
+    texts = (captioners["llava"].caption(picture(seed), CAPTION_PROMPT, TOKENS) for seed in range(10))
+    text = next(text for text in texts if len(text.split()) > 4)
     words = text.split()
-    assert len(words) > 4
     trimmed = trim_caption(text, sentences=0)
     assert trimmed == " ".join(words[3:])[0].upper() + " ".join(words[3:])[1:]
 
@@ -205,7 +205,7 @@ def test_names_that_lead_nowhere(tmp_path: Path, calls: list[Any]) -> None:
         load_captioner(tmp_path / "missing")
     with pytest.raises(WeightsError, match="neither a folder nor a hub id"):
         load_captioner("C:\\models\\llava", allow_download=True)
-    with pytest.raises(WeightsError, match="no config.json"):
+    with pytest.raises(WeightsError, match=r"no config\.json"):
         load_captioner(tmp_path)
     assert not calls
 
@@ -259,8 +259,11 @@ def drop_a_weight(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def remove(*names: str) -> Callable[[Path], Any]:
-    return lambda folder: [(folder / name).unlink() for name in names]
+def remove(*patterns: str) -> Callable[[Path], Any]:
+    return lambda folder: [path.unlink() for pattern in patterns for path in folder.glob(pattern)]
+
+
+PROCESSOR = "*processor_config.json"
 
 
 @pytest.mark.parametrize(("breaking", "message"), [
@@ -271,8 +274,8 @@ def remove(*names: str) -> Callable[[Path], Any]:
     (set_config(model_type="bert", architectures=["BertModel"]), "of the type `bert`.*image-to-text"),
     (set_config(model_type="own", auto_map={"AutoConfig": "own.Config"}), "own code are not run"),
     (drop_a_weight, "lacks 1 weights"),
-    (remove("processor_config.json", "tokenizer.json", "tokenizer_config.json"), "cannot be loaded|both pictures and text"),
-    (remove("processor_config.json"), "cannot be loaded|both pictures and text"),
+    (remove(PROCESSOR, "tokenizer*"), "cannot be loaded|both pictures and text"),
+    (remove(PROCESSOR), "cannot be loaded|both pictures and text"),
 ])  # fmt: skip
 def test_broken_folders(
     folders: dict[str, Path], tmp_path: Path, calls: list[Any], breaking: Callable[[Path], Any], message: str
@@ -290,7 +293,8 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch, folders: dict[str
 
 
 def test_import_is_light() -> None:
-    code = "import sys, faithdiff_core.captioner; print([m for m in ('transformers', 'PIL', 'huggingface_hub') if m in sys.modules])"
+    heavy = ("transformers", "PIL", "huggingface_hub")
+    code = f"import sys, faithdiff_core.captioner; print([name for name in {heavy} if name in sys.modules])"
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

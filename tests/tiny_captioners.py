@@ -10,11 +10,12 @@ import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-WORDS = (
-    "the image features a an two cat dog house tree river stone window old small red blue green grey bright soft dark with "
-    "on under beside behind and of in is are has sits stands runs photo painting drawing style detailed sky water light . , "
-    "Describe this describe its very manner USER : ASSISTANT what do you see"
-).split()
+_TEXT = """
+the image features a an two cat dog house tree river stone window old small red blue green grey bright soft dark with on
+under beside behind and of in is are has sits stands runs photo painting drawing style detailed sky water light . ,
+Describe this describe its very manner USER : ASSISTANT what do you see
+"""
+WORDS = _TEXT.split()
 
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
@@ -24,7 +25,9 @@ LLAVA_TEMPLATE = (
 """LLaVA-1.5's format as a chat template."""
 
 
-def make_llava(folder: Path, chat_template: str | None = None, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+def make_llava(
+    folder: Path, chat_template: str | None = None, seed: int = 1, dtype: torch.dtype = torch.float32
+) -> Path:
     """A LLaVA-1.5: CLIP's vision tower, a projector, and Llama."""
     from transformers import (
         CLIPVisionConfig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ CAPTION_DTYPES: dict[str, torch.dtype | None] = {
 """What a captioner's weights can be kept in."""
 
 WORKING_MEMORY = 1 << 30
-"""Bytes beside the weights: a 7B model's keys and values for 1000 tokens (0.5 GB in half precision), and the vision tower."""
+"""Bytes beside the weights: a 7B model's keys and values for 1000 tokens (0.5 GB in half precision), and its vision."""
 
 ALL_OF_IT = 1e32
 """More bytes than any model has."""
@@ -36,9 +37,9 @@ ALL_OF_IT = 1e32
 class _CaptionerPatcher(comfy.model_patcher.ModelPatcher):
     """The host's patcher for modules that are not its own.
 
-    These work on one device, so they are loaded whole or not at all. Unloaded, they leave RAM, too: the device for what is
-    not in use is "meta", which keeps nothing. (Dropping the patcher itself must wait: the host walks through its list of
-    models while it unloads, and would lose its place.)
+    These work on one device, so they are loaded whole or not at all. Unloaded, they leave RAM, too: the device for what
+    is not in use is "meta", which keeps nothing. (Dropping the patcher itself must wait: the host walks through its
+    list of models while it unloads, and would lose its place.)
 
     Attributes:
         freed: the weights are gone; a new one must be made.
@@ -58,7 +59,7 @@ class _CaptionerPatcher(comfy.model_patcher.ModelPatcher):
 
 
 class _CaptionerModule(nn.Module):
-    """What the patcher manages. Holds the captioner so that both live equally long, and has a `device` that can be set."""
+    """What the patcher manages. Unlike transformers' models, it lets the host set its `device`."""
 
     def __init__(self, captioner: Captioner) -> None:
         super().__init__()
@@ -73,8 +74,8 @@ _kept: dict[tuple[str, str], _CaptionerPatcher] = {}
 def captioner_for(model: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     """The patcher of a captioner: the last one if it is the same, or a new one.
 
-    It is kept for as long as the host keeps it loaded. When the host makes room for other models, or is told to free its
-    memory, it is gone from RAM, too.
+    It is kept for as long as the host keeps it loaded. When the host makes room for other models, or is told to free
+    its memory, it is gone from RAM, too.
     """
     key = (model, dtype)
     if key not in _kept or _kept[key].freed:
@@ -91,8 +92,16 @@ def _load(source: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
         or comfy.model_management.should_use_bf16(device)
     ):
         chosen = torch.float32
+    module = _CaptionerModule(load_captioner(source, chosen, allow_download))
+    needed = comfy.model_management.module_size(module) + WORKING_MEMORY
+    if needed > comfy.model_management.get_total_memory(device):
+        logging.warning(
+            f"FaithDiff Caption: {source} needs {needed / 1e9:.1f} GB, more than {device} has, and works on the "
+            f"processor (slow). A smaller model, or dtype fp16 or bf16, may fit."
+        )
+        device = torch.device("cpu")
     return _CaptionerPatcher(
-        _CaptionerModule(load_captioner(source, chosen, allow_download)),
+        module,
         load_device=device,
         offload_device=torch.device("meta"),
     )
@@ -136,9 +145,7 @@ def caption_images(
         bar.update_absolute(len(captions) * max_new_tokens + count)
 
     for image in images[..., :3].movedim(-1, 1):
-        captions.append(
-            patcher.model.captioner.caption(image, prompt, max_new_tokens, temperature, seed, on_token)
-        )
+        captions.append(patcher.model.captioner.caption(image, prompt, max_new_tokens, temperature, seed, on_token))
         bar.update_absolute(len(captions) * max_new_tokens)
         show_text(captions[-1])
     return captions

@@ -18,8 +18,8 @@ StepCallback = Callable[[int, Any, Any, int], None]
 class TileProgress:
     """Counts steps times tiles on the host's progress bar.
 
-    At the end of a step the host's own callback sets the bar and sends the preview, as always; this moves the bar between.
-    The bar never goes back: a sampler that asks the model twice in a step passes the same tiles again.
+    At the end of a step the host's own callback sets the bar and sends the preview, as always; this moves the bar
+    between. It never goes back: a sampler that asks the model twice in a step passes the same tiles again.
 
     Args:
         steps: the sampler's steps.
@@ -70,7 +70,8 @@ def show_text(text: str) -> None:
     context = get_executing_context()
     if context is None:
         return
-    from server import PromptServer  # here, not above: the host can run without a server, and its module is a large one
+    # Here, not above: the host can run without a server, and its module is a large one.
+    from server import PromptServer  # type: ignore[import-not-found]
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:

@@ -35,6 +35,9 @@ WRAPPER_KEY = "faithdiff"
 TILING_KEY = "faithdiff_tiling"
 """Where a MODEL's transformer options carry its `Tiling`."""
 
+HINTS_KEY = "faithdiff_hints"
+"""Where the transformer options of a sampling run carry its `ControlHints`."""
+
 LARGEST_AUTO_BATCH = 8
 """Most tiles in one U-Net call when the number is chosen by free memory; beyond it a GPU gains nothing."""
 
@@ -122,7 +125,8 @@ def calc_cond_batch(
     grid = tiling.grid(height, width)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
-    hints = ControlHints(height, width)
+    # The options belong to one sampling run: hints enlarged at its first step serve the others.
+    hints: ControlHints = options.setdefault(HINTS_KEY, ControlHints(height, width))
     progress: TileProgress | None = options.get(PROGRESS_KEY)
     done = 0
     for tiles in grid.batches(_tiles_per_call(model, tiling, grid, conds, x_in)):

@@ -22,16 +22,16 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-import tiny_captioners  # noqa: E402
+import tiny_captioners
 
-from faithdiff_core.captioner import load_captioner  # noqa: E402
-from faithdiff_core.captions import trim_caption  # noqa: E402
+from faithdiff_core.captioner import load_captioner
+from faithdiff_core.captions import trim_caption
 
 PROMPT = "Describe this image"
 TOKENS = 16
 CAPTION = {
-    "model": "tiny_llava", "prompt": PROMPT, "max_new_tokens": TOKENS, "dtype": "default", "temperature": 0.0, "seed": 0,
-    "trim": False, "sentences": 2, "skip_words": 3, "allow_download": False,
+    "model": "tiny_llava", "prompt": PROMPT, "max_new_tokens": TOKENS, "dtype": "default", "temperature": 0.0,
+    "seed": 0, "trim": False, "sentences": 2, "skip_words": 3, "allow_download": False,
 }  # fmt: skip
 
 
@@ -157,7 +157,6 @@ def test_one_model_is_kept_until_the_host_unloads_it(host: Host) -> None:
 def test_loaded_whole_or_not_at_all(host: Host) -> None:
     """The host may not move a part of a captioner, whatever little memory it finds."""
     bridge = host.pack_module("nodes.bridge.captioner")
-    management = importlib.import_module("comfy.model_management")
     patcher = bridge.captioner_for("tiny_llava", "fp32", False)
     patcher.partially_load(patcher.load_device, 0.1)
     assert patcher.loaded_size() == patcher.model_size() > 0
@@ -165,13 +164,29 @@ def test_loaded_whole_or_not_at_all(host: Host) -> None:
     assert patcher.loaded_size() == patcher.model_size()
 
 
+def test_too_large_for_the_card(
+    host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, models: Path
+) -> None:
+    bridge = host.pack_module("nodes.bridge.captioner")
+    management = importlib.import_module("comfy.model_management")
+    monkeypatch.setattr(management, "text_encoder_device", lambda: torch.device("cuda:0"))
+    memory = 4 << 30
+    monkeypatch.setattr(management, "get_total_memory", lambda device: memory)
+    assert bridge._load(str(models / "tiny_llava"), "fp32", False).load_device == torch.device("cuda:0")
+    memory = 1 << 30
+    assert bridge._load(str(models / "tiny_llava"), "fp32", False).load_device == torch.device("cpu")
+    assert "more than cuda:0 has" in caplog.text
+
+
 def test_progress_and_cancel(host: Host, bars: list[tuple[int, int, Any]]) -> None:
     management = importlib.import_module("comfy.model_management")
     utils = importlib.import_module("comfy.utils")
     host.call("FaithDiffCaption", image=pictures(48, 64, batch=2), **CAPTION)
     values = [value for value, _, _ in bars]
-    assert values == sorted(values) and values[-1] == 2 * TOKENS
-    assert TOKENS in values and len(values) > TOKENS
+    assert values == sorted(values)
+    assert values[-1] == 2 * TOKENS
+    assert TOKENS in values
+    assert len(values) > TOKENS
     assert {total for _, total, _ in bars} == {2 * TOKENS}
 
     count = 0
@@ -212,10 +227,15 @@ def as_bytes(image: Tensor) -> np.ndarray:
     return (image.numpy() * 255.0).clip(0, 255).astype(np.uint8)
 
 
-def compare(host: Host, mode: str, before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def compare(
+    host: Host, mode: str, before: dict[str, Any], after: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the node shows, and the pictures before, after and side by side."""
     graph = Graph()
-    images = {name: graph.add("TestImage", **({"kind": "random", "batch": 1} | kw)) for name, kw in (("before", before), ("after", after))}
+    images = {
+        name: graph.add("TestImage", **({"kind": "random", "batch": 1} | kw))
+        for name, kw in (("before", before), ("after", after))
+    }
     node = graph.add("FaithDiffCompare", before=images["before"][0], after=images["after"][0], mode=mode)
     result = host.run(graph, {"before": images["before"][0], "after": images["after"][0], "pair": node[0]})
     return result.ui[node.id], result.outputs
@@ -233,7 +253,9 @@ def test_slider(host: Host) -> None:
 
 
 def test_side_by_side_enlarges_before(host: Host) -> None:
-    shown, out = compare(host, "side_by_side", {"width": 32, "height": 24, "seed": 1}, {"width": 64, "height": 48, "seed": 2})
+    shown, out = compare(
+        host, "side_by_side", {"width": 32, "height": 24, "seed": 1}, {"width": 64, "height": 48, "seed": 2}
+    )
     (entry,) = shown["images"]
     assert "a_images" not in shown
     pair = out["pair"]
@@ -248,17 +270,20 @@ def test_side_by_side_enlarges_before(host: Host) -> None:
 def test_one_picture_before_for_all_after(host: Host) -> None:
     before = pictures(32, 32)
     after = pictures(32, 32, batch=3, seed=1)
-    (pairs,) = host.call("FaithDiffCompare", before=torch.cat([before, before[..., :1]], -1), after=after, mode="slider")
+    (pairs,) = host.call(
+        "FaithDiffCompare", before=torch.cat([before, before[..., :1]], -1), after=after, mode="slider"
+    )
     assert torch.equal(pairs, torch.cat([before.expand(3, -1, -1, -1), after], dim=2))
     error = host.pack_module("faithdiff_core.errors").PictureError
     with pytest.raises(error, match="FaithDiff Compare: there are 3 pictures before and 1 after"):
         host.call("FaithDiffCompare", before=after, after=before, mode="slider")
 
 
-WIDGET = "window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare').widgets.find(w => w.type === 'imagecompare').value"
-SHOWN = """
-const node = document.querySelector(`[data-node-id="${window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare').id}"]`);
-return [...(node ?? document.createElement("div")).querySelectorAll("img")].filter(i => i.naturalWidth).map(i => i.src);
+NODE = "window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare')"
+SLIDER = f"return {NODE}.widgets.find(w => w.type === 'imagecompare').value"
+SHOWN = f"""
+const node = document.querySelector(`[data-node-id="${{{NODE}.id}}"]`);
+return [...(node?.querySelectorAll("img") ?? [])].filter(i => i.naturalWidth).map(i => i.src);
 """
 
 
@@ -291,20 +316,18 @@ def shown_in_page(page: Page, count: int) -> list[str]:
 
 def test_modes_in_the_page(compare_page: Page) -> None:
     done = compare_page.queue()
-    assert not done.node_errors and done.execution_error is None
+    assert not done.node_errors
+    assert done.execution_error is None
     (output,) = done.outputs.values()
     (before,), (after,) = output["a_images"], output["b_images"]
-    value = compare_page.script(f"return {WIDGET}")
+    value = compare_page.script(SLIDER)
     assert [before["filename"] in url for url in value["beforeImages"]] == [True]
     assert [after["filename"] in url for url in value["afterImages"]] == [True]
     sources = shown_in_page(compare_page, 2)
     assert len(sources) == 2
     assert all(any(entry["filename"] in source for source in sources) for entry in (before, after))
 
-    compare_page.script(
-        "const node = window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare');"
-        "node.widgets.find(w => w.name === 'mode').value = 'side_by_side'"
-    )
+    compare_page.script(f"{NODE}.widgets.find(w => w.name === 'mode').value = 'side_by_side'")
     (output,) = compare_page.queue().outputs.values()
     (pair,) = output["images"]
     (source,) = shown_in_page(compare_page, 1)
@@ -334,7 +357,8 @@ def test_bar_never_goes_back(host: Host, bars: list[tuple[int, int, Any]], sampl
     setup.restore(features, steps=4, tile_size=64, tile_batch=1, sampler_name=sampler)
     values = [value for value, _, _ in bars]
     assert values == sorted(values)
-    assert values[-1] <= 8 and {total for _, total, _ in bars} == {8}
+    assert values[-1] <= 8
+    assert {total for _, total, _ in bars} == {8}
     if sampler not in ("dpm_fast", "dpm_adaptive"):  # these choose their own number of steps
         assert values[-1] == 8
 
@@ -379,8 +403,8 @@ def sampling_graph(stock: bool, size: int = 96) -> tuple[Graph, str]:
         latent = graph.add("EmptyLatentImage", width=size, height=size, batch_size=1)
         sampler = graph.add(
             "KSampler", model=graph.add("FaithDiffTiledDiffusion", model=loader[0], **tiles)[0], positive=texts[0],
-            negative=texts[1], latent_image=latent[0], seed=1, steps=2, cfg=4.0, sampler_name="euler", scheduler="normal",
-            denoise=1.0,
+            negative=texts[1], latent_image=latent[0], seed=1, steps=2, cfg=4.0, sampler_name="euler",
+            scheduler="normal", denoise=1.0,
         )  # fmt: skip
     else:
         sampler = graph.add(
