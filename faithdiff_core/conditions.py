@@ -1,8 +1,8 @@
 """Embedded conditions, kept across sampling steps.
 
-A tile's condition depends on the LQ picture alone, so one embedding serves all steps. Pictures of many tiles would fill the
-memory with them; what does not fit a budget is embedded anew each time it is needed, which costs about a percent of a U-Net
-call.
+A tile's condition depends on the LQ picture alone, so one embedding serves all steps. Pictures of many tiles would fill
+the memory with them; what does not fit a budget is embedded anew each time it is needed, which costs about a percent of
+a U-Net call.
 """
 
 from __future__ import annotations

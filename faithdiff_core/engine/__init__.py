@@ -1,0 +1,12 @@
+"""FaithDiff on diffusers: from files to restored pictures, without any other host.
+
+Needs diffusers, transformers and accelerate (the extra `engine`); they are imported when a pipeline is made.
+"""
+
+from __future__ import annotations
+
+from .pipeline import FaithDiffPipeline
+from .sampling import SCHEDULERS, TextConditioning, make_scheduler
+from .settings import RestoreSettings
+
+__all__ = ["SCHEDULERS", "FaithDiffPipeline", "RestoreSettings", "TextConditioning", "make_scheduler"]

@@ -1,0 +1,593 @@
+"""The pipeline: pictures in, restored pictures out.
+
+Data flows one way: the enlarged picture goes through the LQ encoder (features) and the VAE (the `lr` start), the
+sampling loop works on the latent with the features cropped and embedded tile by tile, and the VAE decodes what comes
+out.
+Features of whole pictures stay in main memory; a tile at a time goes to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment import Alignment
+from ..color import ColorFix, fix_colors
+from ..conditions import ConditionCache
+from ..errors import SettingsError, WeightsError
+from ..lq_encoder import DEFAULT_OVERLAP as ENCODER_OVERLAP
+from ..lq_encoder import DEFAULT_TILE as ENCODER_TILE
+from ..lq_encoder import LQEncoder
+from ..pictures import crop_to, pad_to_multiple, resize_lanczos
+from ..schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
+from ..tiled_vae import decode_tiled, parts_from_diffusers
+from ..tiles import DEFAULT_OVERLAP, DEFAULT_TILE, LATENT_SCALE, Tile, TileGrid
+from ..weights import read_faithdiff
+from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
+from .sampling import AlignmentHook, TextConditioning, fresh_scheduler, initial_latent, make_scheduler
+from .settings import DEFAULT_SCALE, RestoreSettings, as_list, one_seed_each, one_text_each, same_size
+
+CONDITION_BUDGET = 2**30
+"""Bytes of embedded conditions kept on the device across steps: a hundred tiles of 1024 px in half precision."""
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total); stages are `encode`, `sample` and `decode`. It may raise to cancel."""
+
+Restored = Tensor | list[Tensor]
+
+
+class FaithDiffPipeline:
+    """FaithDiff on top of diffusers' SDXL pipeline.
+
+    The alignment joins the U-Net by a forward hook on `conv_in`, which is there during sampling only; everything else,
+    LoRAs included, is the SDXL pipeline `sdxl`, which stays usable by itself.
+
+    Args:
+        sdxl: diffusers' `StableDiffusionXLPipeline`.
+        lq_encoder, alignment: FaithDiff's parts, from `FaithDiffWeights`.
+        device: where to compute; CUDA, MPS or the CPU, whichever is there, unless told.
+        offload: `none` keeps all models on the device; `model` keeps one at a time there; `sequential` one layer of
+            the U-Net and the text encoders at a time (slow, smallest).
+        condition_budget: bytes of embedded conditions that are kept across steps.
+
+    Raises:
+        SettingsError: offloading to no other device, or an unknown offload.
+        WeightsError: the parts belong to different models.
+    """
+
+    def __init__(
+        self,
+        sdxl: Any,
+        lq_encoder: LQEncoder,
+        alignment: Alignment,
+        *,
+        device: torch.device | str | None = None,
+        offload: Offload = "none",
+        condition_budget: int = CONDITION_BUDGET,
+    ) -> None:
+        self.device = choose_device(device)
+        check_offload(offload, self.device)
+        if (
+            alignment.config.feature_channels != lq_encoder.config.feature_channels
+            or alignment.config.unet_channels != sdxl.unet.config.block_out_channels[0]
+            or lq_encoder.config.scale != sdxl.vae_scale_factor
+        ):
+            raise WeightsError(
+                f"The SDXL model and FaithDiff's parts do not fit together: the U-Net begins with "
+                f"{sdxl.unet.config.block_out_channels[0]} channels and the VAE reduces {sdxl.vae_scale_factor} times; "
+                f"the alignment is made for {alignment.config.unet_channels} channels, the LQ encoder reduces "
+                f"{lq_encoder.config.scale} times."
+            )
+        self.sdxl = sdxl
+        self.lq_encoder = lq_encoder
+        self.alignment = alignment
+        self.offload = offload
+        self.condition_budget = condition_budget
+        self._loras: dict[str, float] = {}
+        if sdxl.vae.dtype == torch.float16 and sdxl.vae.config.force_upcast:
+            # SDXL's own VAE overflows in half precision; its configuration says so.
+            sdxl.vae.to(torch.float32)
+        self._place()
+
+    def _place(self) -> None:
+        """Put the models where they belong, or have accelerate's hooks do so when they are used."""
+        if self.offload == "none":
+            self.sdxl.to(self.device)
+            self.lq_encoder.to(self.device)
+            self.alignment.to(self.device)
+        elif self.offload == "model":
+            self.sdxl.enable_model_cpu_offload(device=self.device)
+        else:
+            # The tiled decode reads the VAE's parameters, which layer-wise offloading would take away; it is small.
+            self.sdxl._exclude_from_cpu_offload = ["vae"]
+            self.sdxl.enable_sequential_cpu_offload(device=self.device)
+
+    @classmethod
+    def from_files(
+        cls,
+        model: str | Path,
+        faithdiff: str | Path,
+        *,
+        unet: str | Path | None = None,
+        config: str | Path | None = None,
+        vae: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        offload: Offload = "none",
+        scheduler: Any = None,
+    ) -> FaithDiffPipeline:
+        """Make a pipeline from files.
+
+        Args:
+            model: an SDXL checkpoint in a single file, or a folder in diffusers' format.
+            faithdiff: a FaithDiff file. One with a U-Net replaces the checkpoint's; with an adapter alone, the
+                checkpoint's U-Net stays.
+            unet: FaithDiff's U-Net where it is a file of its own, as `convert` writes it.
+            config: for a single-file checkpoint, a folder in diffusers' format to take configuration and tokenizers
+                from; the hub's SDXL unless told.
+            vae: another VAE, a file or a folder.
+            dtype: fp32, bf16 or fp16, by name or as torch's; fp16 on accelerators and fp32 on the CPU unless told.
+            device, offload: see the class.
+            scheduler: a name out of `SCHEDULERS` or any diffusers scheduler; the published Euler unless told.
+
+        Raises:
+            WeightsError: a file is not what it should be, or the files do not fit together.
+            SettingsError: an unknown dtype, scheduler or offload.
+            MissingPackageError: diffusers, transformers or accelerate is not installed.
+        """
+        require_diffusers()
+        device = choose_device(device)
+        dtype = choose_dtype(dtype, device)
+        chosen = make_scheduler(scheduler or "euler") if scheduler is None or isinstance(scheduler, str) else scheduler
+        weights = read_faithdiff(faithdiff)
+        unet_state = weights.unet
+        if unet is not None:
+            unet_state = read_faithdiff(unet).unet
+            if unet_state is None:
+                raise WeightsError(f"{Path(unet).name} holds no U-Net; `convert` writes it as *_unet.safetensors.")
+        lq_encoder, alignment = weights.build_lq_encoder(dtype), weights.build_alignment(dtype)
+        sdxl = load_sdxl(model, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
+        sdxl.scheduler = chosen
+        return cls(sdxl, lq_encoder, alignment, device=device, offload=offload)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in."""
+        dtype: torch.dtype = self.sdxl.unet.dtype
+        return dtype
+
+    def load_lora(self, path: str | Path, weight: float = 1.0, adapter_name: str | None = None) -> None:
+        """Add a LoRA file; several add up.
+
+        Args:
+            path: a LoRA for SDXL in any format that diffusers reads.
+            weight: its strength.
+            adapter_name: a name of its own; the file's unless told.
+
+        Raises:
+            WeightsError: the file is missing, or is no LoRA for this model.
+            SettingsError: the name is taken.
+        """
+        # PEFT keeps adapters as attributes of modules, so dots cannot be part of a name.
+        name = (adapter_name or Path(path).stem).replace(".", "_")
+        if name in self._loras:
+            raise SettingsError(f"A LoRA by the name {name!r} is loaded already; give another adapter_name.")
+        # The hooks of offloading wrap layers that a LoRA replaces: they go first, and come back afterwards.
+        self.sdxl.remove_all_hooks()
+        try:
+            load_lora(self.sdxl, path, name)
+            self._loras[name] = weight
+            self.sdxl.set_adapters(list(self._loras), list(self._loras.values()))
+        finally:
+            self._place()
+
+    def unload_loras(self) -> None:
+        """Take all LoRAs out again."""
+        if self._loras:
+            self.sdxl.remove_all_hooks()
+            self.sdxl.unload_lora_weights()
+            self._loras.clear()
+            self._place()
+
+    def __call__(
+        self,
+        images: Tensor | Sequence[Tensor],
+        *,
+        size: tuple[int, int] | None = None,
+        scale: float = DEFAULT_SCALE,
+        prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = DEFAULT_STEPS,
+        cfg: float = DEFAULT_CFG,
+        start: StartPoint | str = StartPoint.LR,
+        color_fix: ColorFix | str = ColorFix.ADAIN,
+        tile: int = DEFAULT_TILE,
+        overlap: float = DEFAULT_OVERLAP,
+        tile_batch: int = 1,
+        encoder_tile: int | None = ENCODER_TILE,
+        encoder_overlap: float = ENCODER_OVERLAP,
+        vae_tile: int | None = None,
+        strength: float = 1.0,
+        seed: int | Sequence[int] | None = None,
+        passes: int = 1,
+        progress: Progress | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Restored:
+        """Restore pictures.
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W), whose sizes may differ; on any device.
+            size, scale, steps, cfg, start, color_fix, tile, overlap, tile_batch, encoder_tile, encoder_overlap,
+                vae_tile, strength, passes: see `RestoreSettings`.
+            prompt, negative_prompt: one text for all pictures or one for each. An empty text is encoded like any other.
+            seed: one for each picture, or a number from which they count up; by chance unless told. A picture's result
+                depends on its own seed alone.
+            progress: called as progress(stage, done, total) with the stages `encode`, `sample` and `decode` of each
+                batch of equal sizes and each pass; it may raise to cancel, which leaves nothing behind.
+            prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: the text as
+                embeddings, one row or one for each picture, instead of the two texts.
+            noise: starting noise instead of the seeds', (B, 4, h, w) of the padded result; for a tensor and one pass.
+
+        Returns:
+            Restored pictures in [0, 1], float32, on the device of `images`: (B, 3, H', W'), or a list as it came.
+
+        Raises:
+            SettingsError: a setting out of range, or pictures, texts or seeds that do not go together.
+        """
+        settings = RestoreSettings(
+            size=size,
+            scale=scale,
+            steps=steps,
+            cfg=cfg,
+            start=start,
+            color_fix=color_fix,
+            tile=tile,
+            overlap=overlap,
+            tile_batch=tile_batch,
+            encoder_tile=encoder_tile,
+            encoder_overlap=encoder_overlap,
+            vae_tile=vae_tile,
+            strength=strength,
+            passes=passes,
+        )
+        pictures = as_list(images)
+        count = len(pictures)
+        seeds = one_seed_each(seed, count)
+        if noise is not None and (not isinstance(images, Tensor) or passes > 1):
+            raise SettingsError("noise of one's own needs pictures of one size and a single pass.")
+        try:
+            if prompt_embeds is None and pooled_prompt_embeds is None:
+                text = self.encode_text(
+                    one_text_each(prompt, count, "prompt"),
+                    one_text_each(negative_prompt, count, "negative_prompt"),
+                    guided=cfg > 1,
+                )
+            elif prompt_embeds is None or pooled_prompt_embeds is None:
+                raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
+            else:
+                text = TextConditioning(
+                    prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds
+                )
+            results: list[Tensor] = [torch.empty(0)] * count
+            for group in same_size(pictures):
+                batch = torch.stack([pictures[i].to(device="cpu", dtype=torch.float32) for i in group])
+                generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in group]
+                for height, width in settings.sizes(*batch.shape[-2:]):
+                    batch = self._pass(
+                        resize_lanczos(batch, height, width), text.select(group), settings, noise, generators, progress
+                    )
+                for i, restored in zip(group, batch, strict=True):
+                    results[i] = restored.to(pictures[i].device)
+        finally:
+            self.sdxl.maybe_free_model_hooks()
+        return torch.stack(results) if isinstance(images, Tensor) else results
+
+    def _pass(
+        self,
+        enlarged: Tensor,
+        text: TextConditioning,
+        settings: RestoreSettings,
+        noise: Tensor | None,
+        generators: list[torch.Generator],
+        progress: Progress | None,
+    ) -> Tensor:
+        """Restore pictures of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
+        padded = pad_to_multiple(enlarged, LATENT_SCALE) * 2 - 1
+        batch, _, height, width = padded.shape
+        shape = (self.sdxl.unet.config.in_channels, height // LATENT_SCALE, width // LATENT_SCALE)
+        if noise is None:
+            noise = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
+        elif tuple(noise.shape) != (batch, *shape):
+            raise SettingsError(
+                f"noise must have the shape {(batch, *shape)} of the padded result, got {tuple(noise.shape)}."
+            )
+        features = None
+        if settings.strength:
+            features = self.encode_lq(padded, settings.encoder_tile, settings.encoder_overlap, progress)
+        lq_latent = self.encode_latent(padded, settings.vae_tile) if settings.start == StartPoint.LR else None
+        latent = self.sample(
+            features,
+            text,
+            noise,
+            lq_latent=lq_latent,
+            steps=settings.steps,
+            cfg=settings.cfg,
+            start=settings.start,
+            tile=settings.tile,
+            overlap=settings.overlap,
+            tile_batch=settings.tile_batch,
+            strength=settings.strength,
+            generators=generators,
+            progress=progress,
+        )
+        decoded = self.decode(latent, settings.vae_tile, progress)
+        restored = crop_to(decoded, *enlarged.shape[-2:])
+        return fix_colors(restored, enlarged, settings.color_fix).clamp(0, 1)
+
+    @torch.no_grad()
+    def encode_text(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> TextConditioning:
+        """Encode texts with the checkpoint's two text encoders.
+
+        An empty negative prompt is encoded too, as FaithDiff was published. (SDXL pipelines take zeros for a negative
+        prompt that is absent.)
+
+        Args:
+            prompts: one for each picture.
+            negative_prompts: as many; empty ones unless told.
+            guided: whether guidance needs the negative ones.
+        """
+        negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)
+        embeds, negative_embeds, pooled, negative_pooled = self.sdxl.encode_prompt(
+            prompt=list(prompts),
+            negative_prompt=negative,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        self.sdxl.maybe_free_model_hooks()
+        return TextConditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def encode_lq(
+        self,
+        pixels: Tensor,
+        tile: int | None = ENCODER_TILE,
+        overlap: float = ENCODER_OVERLAP,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Features of low-quality pictures of the result's size.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8; features are kept on its device.
+            tile, overlap, progress: see `LQEncoder.encode` and `Progress`.
+
+        Returns:
+            (B, C, H / 8, W / 8), on the device of `pixels`.
+        """
+        with self._on_device(self.lq_encoder):
+            return self.lq_encoder.encode(pixels, tile, overlap, _staged(progress, "encode"), device=self.device)
+
+    @torch.no_grad()
+    def encode_latent(self, pixels: Tensor, tile: int | None = None) -> Tensor:
+        """The VAE's latent of pictures, times its scaling factor: the mean of the distribution, so no chance is in it.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8.
+            tile: tile side in pixels; None encodes in one piece.
+
+        Returns:
+            (B, 4, H / 8, W / 8), float32, on the device that computes.
+
+        Raises:
+            SettingsError: the VAE overflows in half precision.
+        """
+        vae = self.sdxl.vae
+        rows = []
+        with _encoding_in_tiles(vae, tile):
+            for picture in pixels.split(1):
+                mean = vae.encode(picture.to(self.device, vae.dtype)).latent_dist.mean
+                rows.append(self._finite(mean.float(), "encoding"))
+        self.sdxl.maybe_free_model_hooks()
+        return torch.cat(rows) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, tile: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Decode latents to pictures, one by one.
+
+        Args:
+            latent: (B, 4, h, w), as `sample` gives it.
+            tile: tile side in pixels; None decodes in one piece. Tiles share their statistics, so no seams or shifts
+                of colour come from them.
+            progress: see `Progress`.
+
+        Returns:
+            RGB in [0, 1], (B, 3, 8 h, 8 w), float32, on the CPU.
+
+        Raises:
+            SettingsError: the VAE overflows in half precision.
+        """
+        vae = self.sdxl.vae
+        staged = _staged(progress, "decode")
+        out = []
+        for i, row in enumerate(latent.split(1)):
+            z = row.to(self.device, vae.dtype) / vae.config.scaling_factor
+            decoded = vae.decode(z, return_dict=False)[0] if tile is None else self._decode_in_tiles(z, tile, staged)
+            out.append(self._finite(decoded.float().cpu(), "decoding"))
+            if staged is not None and tile is None:
+                staged(i + 1, latent.shape[0])
+        self.sdxl.maybe_free_model_hooks()
+        return (torch.cat(out) / 2 + 0.5).clamp(0, 1)
+
+    def _decode_in_tiles(self, z: Tensor, tile: int, progress: Callable[[int, int], None] | None) -> Tensor:
+        vae = self.sdxl.vae
+        if self.offload == "model":
+            # The decoder's layers are called one by one, past the VAE's own entrance, where its hook would move it.
+            vae._hf_hook.pre_forward(vae)
+        return decode_tiled(
+            parts_from_diffusers(vae), z, tile=tile, device=self.device, dtype=vae.dtype, progress=progress
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        features: Tensor | None,
+        text: TextConditioning,
+        noise: Tensor,
+        *,
+        lq_latent: Tensor | None = None,
+        steps: int = DEFAULT_STEPS,
+        cfg: float = DEFAULT_CFG,
+        start: StartPoint | str = StartPoint.LR,
+        tile: int = DEFAULT_TILE,
+        overlap: float = DEFAULT_OVERLAP,
+        tile_batch: int = 1,
+        strength: float = 1.0,
+        generators: list[torch.Generator] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Run the sampling loop on latents of one size.
+
+        At every step all tiles of all pictures go through the U-Net, their predictions are merged into one of the whole
+        latent, and the scheduler steps that once. For the published Euler sampler this equals stepping every tile and
+        merging the results, and any other scheduler sees one consistent trajectory.
+
+        Args:
+            features: from `encode_lq`, (B, C, h, w), on any device; None only at strength 0.
+            text: one row, or one for each picture.
+            noise: standard normal, (B, 4, h, w).
+            lq_latent: from `encode_latent`, for the start `lr`.
+            steps, cfg, start, tile, overlap, tile_batch, strength: see `RestoreSettings`.
+            generators: one for each picture, for schedulers that add noise on the way.
+            progress: called after each U-Net call.
+
+        Returns:
+            (B, 4, h, w), float32, on the device that computes.
+
+        Raises:
+            SettingsError: features, latents or text of other sizes, or the result is not finite.
+        """
+        batch, _, height, width = noise.shape
+        if strength and (features is None or features.shape[0] != batch or features.shape[-2:] != noise.shape[-2:]):
+            got = "none" if features is None else tuple(features.shape)
+            raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
+        guided = cfg > 1
+        text = text.rows(batch, guided, self.device, self.dtype)
+        grid = TileGrid(height, width, tile, overlap)
+        jobs = [(picture, part) for part in grid.tiles for picture in range(batch)]
+        groups = [jobs[i : i + tile_batch] for i in range(0, len(jobs), tile_batch)]
+        seeds = [generator.initial_seed() for generator in generators] if generators else None
+        scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
+        scheduler.set_timesteps(steps, device=self.device)
+        x = initial_latent(
+            scheduler,
+            start,
+            noise.to(self.device, torch.float32),
+            None if lq_latent is None else lq_latent.to(self.device, torch.float32),
+        )
+        extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
+        hook = AlignmentHook(self.alignment, strength)
+        cache = ConditionCache(self.condition_budget)
+        done, total = 0, len(scheduler.timesteps) * len(groups)
+        with self._on_device(self.alignment), hook.on(self.sdxl.unet):
+            for t in scheduler.timesteps:
+                model_input = scheduler.scale_model_input(x, t)
+                prediction = torch.zeros_like(x)
+                for group in groups:
+                    if strength:
+                        assert features is not None
+                        hook.condition = self._conditions(cache, features, group)
+                    eps = self._predict(model_input, t, group, text, grid)
+                    if guided:
+                        negative, positive = eps.chunk(2)
+                        eps = negative + cfg * (positive - negative)
+                    for (picture, part), row in zip(group, eps, strict=True):
+                        grid.merge(prediction[picture], part, row)
+                    done += 1
+                    if progress is not None:
+                        progress("sample", done, total)
+                x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+        if not torch.isfinite(x).all():
+            raise SettingsError(f"Sampling gave values that are not finite in {self.dtype}; take bf16 or fp32.")
+        return x
+
+    def _conditions(self, cache: ConditionCache, features: Tensor, group: Sequence[tuple[int, Tile]]) -> Tensor:
+        """Embedded conditions of some tiles, one row for each.
+
+        Each is embedded by itself, so a tile's condition does not depend on what is batched with it.
+        """
+
+        def embed(picture: int, tile: Tile) -> Tensor:
+            crop = tile.crop(features[picture : picture + 1])
+            return self.alignment.embed(crop.to(self.device, self.dtype))
+
+        return torch.cat([cache.get(job, partial(embed, *job)) for job in group])
+
+    def _predict(
+        self, model_input: Tensor, t: Tensor, group: Sequence[tuple[int, Tile]], text: TextConditioning, grid: TileGrid
+    ) -> Tensor:
+        """The U-Net's output for some tiles, float32; with guidance, the negative half comes first."""
+        pictures = [picture for picture, _ in group]
+        embeds, pooled = text.guided_rows(pictures)
+        copies = len(embeds) // len(group)
+        latents = torch.cat([tile.crop(model_input[picture : picture + 1]) for picture, tile in group])
+        time_ids = torch.tensor([grid.time_ids(tile) for _, tile in group], device=self.device, dtype=self.dtype)
+        prediction: Tensor = self.sdxl.unet(
+            latents.to(self.dtype).repeat(copies, 1, 1, 1),
+            t,
+            encoder_hidden_states=embeds,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.repeat(copies, 1)},
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    @contextmanager
+    def _on_device(self, module: nn.Module) -> Iterator[None]:
+        """Keep one of FaithDiff's own parts on the device while it is used; with offloading, not longer."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload != "none":
+                module.to("cpu")
+
+    def _finite(self, x: Tensor, what: str) -> Tensor:
+        if torch.isfinite(x).all():
+            return x
+        raise SettingsError(
+            f"The VAE gave values that are not finite while {what} in {self.sdxl.vae.dtype}. SDXL's own VAE overflows "
+            f"in half precision: give `vae` the fp16-fix VAE (sdxl-vae-fp16-fix), or choose dtype bf16 or fp32."
+        )
+
+
+@contextmanager
+def _encoding_in_tiles(vae: Any, tile: int | None) -> Iterator[None]:
+    """Let diffusers encode in tiles within a `with` block; the VAE's settings are as before afterwards."""
+    if tile is None:
+        yield
+        return
+    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
+    before = [getattr(vae, name) for name in names]
+    try:
+        for name, value in zip(names, (True, tile, tile // LATENT_SCALE), strict=True):
+            setattr(vae, name, value)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(vae, name, value)
+
+
+def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
