@@ -21,7 +21,7 @@ PACK := build/types/faithdiff_pack
 help:
 	@echo "make demo       restore a photograph with a small model; writes demo_output/"
 	@echo "make test       style, types and all tests"
-	@echo "make test-full  the same with the slow tests (full-size weights: minutes, 15 GB of disk and 14 GB of memory)"
+	@echo "make test-full  the same with the slow tests (full-size weights: minutes, 12 GB of disk, 8 GB of memory)"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     ruff's fixes and formatting"
 	@echo "make clean      remove what the commands above made, .venv included"

@@ -12,8 +12,8 @@ The decoder is a chain of stages (residual blocks, attention, upsampling, output
    stay small (`WHOLE_VALUES`); for SDXL that is the mid block and the lowest level.
 2. *Tiles.* The remaining stages run tile by tile. They need statistics that are known only when every tile is done, so
    the statistics s are the solution of s = F(s): what the picture has when it is decoded with s. A sample of small
-   crops, decoded together so that it is its own exact solution, gives the first s. A pass over all tiles gives F(s). The
-   sample then gives the correction: the moments of each norm in turn are F(s) plus what the sample's moments
+   crops, decoded together so that it is its own exact solution, gives the first s. A pass over all tiles gives F(s).
+   The sample then gives the correction: the moments of each norm in turn are F(s) plus what the sample's moments
    change by when the norms before it take their new moments. This is first order in the error of s and needs no pass
    over the picture. The next pass measures what is left; the third one mostly finds nothing, and its pixels are the
    result.
@@ -303,7 +303,7 @@ class _Side:
         return cls(max(0, start - halo), min(length, stop + halo), length, start, stop)
 
     @property
-    def slice(self) -> slice:
+    def extent(self) -> slice:
         return slice(self.start, self.stop)
 
     @property
@@ -461,7 +461,7 @@ class _Decode:
         factor = out.shape[-2] // height
         for core in _cores(height, self.band_rows(x, scale)):
             rows = _Side.around(core, height, 1)
-            piece = compute(_Piece(x[..., rows.slice, :], rows, _Side(0, width, width, 0, width)))
+            piece = compute(_Piece(x[..., rows.extent, :], rows, _Side(0, width, width, 0, width)))
             part = out[..., core[0] * factor : core[1] * factor, :]
             if add:
                 part += piece.core
@@ -552,13 +552,17 @@ class _Decode:
         return piece
 
     def sample(self, x: Tensor, halo: int, scale: int) -> _Sample:
-        """Crops of x, (1, C, H, W), spread evenly over it, with as many pixels as a tile with its surroundings has."""
+        """Crops of x, (1, C, H, W), spread evenly over it.
+
+        Together they have as many pixels as a tile with its surroundings, and at most a quarter of the picture's: more
+        would cost more time than it saves passes.
+        """
         count = (self.core // scale + 2 * halo) // SAMPLE_SIDE
         sides: list[_Side] = []
         starts: list[list[int]] = []
         for length in x.shape[-2:]:
             size = min(length, SAMPLE_SIDE)
-            crops = min(count, length // size)
+            crops = max(1, min(count, length // (2 * size)))
             sides.append(_Side(0, size, size, 0, size))
             starts.append([round((i + 0.5) * (length - crops * size) / crops) + i * size for i in range(crops)])
         rows, columns = sides
@@ -592,7 +596,7 @@ class _Decode:
             for rows in _cores(height, core):
                 for columns in _cores(width, core):
                     row, column = _Side.around(rows, height, halo), _Side.around(columns, width, halo)
-                    piece = self.stages_on(stages, _Piece(x[..., row.slice, column.slice], row, column), measured)
+                    piece = self.stages_on(stages, _Piece(x[..., row.extent, column.extent], row, column), measured)
                     out[:, rows[0] * scale : rows[1] * scale, columns[0] * scale : columns[1] * scale] = piece.core[
                         0
                     ].to(out)

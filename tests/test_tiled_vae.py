@@ -215,7 +215,7 @@ def test_a_result_that_is_not_finite(vae: Any, tile: int) -> None:
     broken = copy.deepcopy(vae)
     with torch.no_grad():
         broken.decoder.conv_norm_out.weight[0] = math.inf
-    with pytest.raises(FaithDiffError, match="not finite .* in float32"):
+    with pytest.raises(FaithDiffError, match=r"not finite .* in float32"):
         decode_tiled(parts_from_diffusers(broken), smooth_latents(20, 20, 4, seed=8), tile=tile)
 
 
