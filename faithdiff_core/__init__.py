@@ -1,8 +1,8 @@
 """FaithDiff: faithful image super-resolution with SDXL (CVPR 2025).
 
-The parts of the method, without a host: modules, weights, tiles, schedule, colours, captions and pictures, and an engine on
-diffusers with a command line (`python -m faithdiff_core`). Importing the package needs torch alone; everything heavier is
-imported where it is used.
+The parts of the method, without a host: modules, weights, tiles, schedule, colours, captions and pictures, and an
+engine on diffusers with a command line (`python -m faithdiff_core`). Importing the package needs torch alone;
+everything heavier is imported where it is used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from .alignment import Alignment, AlignmentConfig
 from .captions import trim_caption
 from .color import ColorFix, adain, fix_colors, wavelet
+from .convert import convert
 from .errors import FaithDiffError, MissingPackageError, PictureError, SettingsError, WeightsError
 from .lq_encoder import LQEncoder, LQEncoderConfig
 from .schedule import StartPoint, leading_timesteps, sampling_sigmas, start_latent
@@ -35,6 +36,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "adain",
+    "convert",
     "fix_colors",
     "gaussian_weights",
     "leading_timesteps",

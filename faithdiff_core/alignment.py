@@ -1,8 +1,8 @@
 """The alignment: how the LQ features join the U-Net.
 
 The condition embedding turns the LQ encoder's features into as many channels as the U-Net's first convolution gives;
-it depends on the picture alone, so one result serves all steps. Two residual blocks then look at the U-Net's channels and
-the condition together, pixel by pixel, and what they find is added to the U-Net's features before its first block.
+it depends on the picture alone, so one result serves all steps. Two residual blocks then look at the U-Net's channels
+and the condition together, pixel by pixel, and what they find is added to the U-Net's features before its first block.
 
 The published code writes the blocks with an attention layer whose sequence axis is the batch. At inference the rows
 of that batch are the guidance halves of one picture, which are identical at this place, and attention over identical
@@ -277,7 +277,9 @@ def alignment_state(
             state[target + "weight"] = (out_wide @ v_weight.to(wide)).to(dtype or out_weight.dtype)
             state[target + "bias"] = (out_wide @ v_bias.to(wide) + out_bias.to(wide)).to(dtype or out_bias.dtype)
             for name, factor in (
-                ("c_fc.weight", QUICK_GELU), ("c_fc.bias", QUICK_GELU), ("c_proj.weight", 1 / QUICK_GELU)
+                ("c_fc.weight", QUICK_GELU),
+                ("c_fc.bias", QUICK_GELU),
+                ("c_proj.weight", 1 / QUICK_GELU),
             ):
                 key = f"blocks.{layer}.mlp.{name}"
                 state[key] = (state[key].to(wide) * factor).to(dtype or state[key].dtype)

@@ -92,7 +92,9 @@ def sampling_sigmas(steps: int, table: Tensor | None = None) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def start_latent(start: StartPoint | str, noise: Tensor, sigma: float | Tensor, lq_latent: Tensor | None = None) -> Tensor:
+def start_latent(
+    start: StartPoint | str, noise: Tensor, sigma: float | Tensor, lq_latent: Tensor | None = None
+) -> Tensor:
     """The noisy latent that sampling starts from.
 
     `noise`: x = sqrt(sigma^2 + 1) * noise. `lr`: x = sqrt(abar) * z + sqrt(1 - abar) * sqrt(sigma^2 + 1) * noise with
@@ -118,7 +120,9 @@ def start_latent(start: StartPoint | str, noise: Tensor, sigma: float | Tensor, 
     if start is StartPoint.NOISE:
         return noise * scale
     if lq_latent is None:
-        raise SettingsError("start `lr` needs the VAE latent of the low-quality picture; give it, or start from `noise`.")
+        raise SettingsError(
+            "start `lr` needs the VAE latent of the low-quality picture; give it, or start from `noise`."
+        )
     if lq_latent.shape[1:] != noise.shape[1:] or lq_latent.shape[0] not in (1, noise.shape[0]):
         raise SettingsError(
             f"start `lr`: the low-quality picture's latent must have the noise's shape {tuple(noise.shape)}, "

@@ -192,7 +192,9 @@ class TileGrid:
     def _column_weights(self) -> Tensor:
         return _normalised(self.columns, gaussian_window(self.tile_width, (self.tile_width - 1) / 2), self.width)
 
-    def weights(self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def weights(
+        self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
         """Merge weights of a tile, (height, width); over all tiles they add up to 1 at every position."""
         weights = torch.outer(self._row_weights[tile.row], self._column_weights[tile.column])
         return weights.to(device=device, dtype=dtype)

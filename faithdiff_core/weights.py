@@ -1,7 +1,7 @@
 """Reading FaithDiff's weights: the published pickle, the same as safetensors, and the files that `convert` writes.
 
-A file is recognised by its keys, and its sizes are read off its tensors. Nothing in a file is ever executed: pickles are
-opened with torch's restricted unpickler. Tensors are mapped from the file and read when they are used.
+A file is recognised by its keys, and its sizes are read off its tensors. Nothing in a file is ever executed: pickles
+are opened with torch's restricted unpickler. Tensors are mapped from the file and read when they are used.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ UNET_PREFIXES = (
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 _WRAPPERS = ("state_dict", "module", "model", "params_ema", "params")
-_GET_IT = "Download FaithDiff.bin of the FaithDiff project again, or convert it with `python -m faithdiff_core convert`."
+_GET_IT = (
+    "Download FaithDiff.bin of the FaithDiff project again, or convert it with `python -m faithdiff_core convert`."
+)
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,18 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
         unet_config = _checked_config(path, "U-Net", parts["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
     if parts["lq_encoder"]:
         encoder_config = _checked_config(
-            path, "LQ encoder", parts["lq_encoder"], lambda _: LQEncoderConfig.from_state_dict(parts["lq_encoder"]),
+            path,
+            "LQ encoder",
+            parts["lq_encoder"],
+            lambda _: LQEncoderConfig.from_state_dict(parts["lq_encoder"]),
             _encoder_shapes,
         )
     if parts["alignment"]:
         alignment_config = _checked_config(
-            path, "alignment", parts["alignment"], lambda _: AlignmentConfig.from_state_dict(parts["alignment"]),
+            path,
+            "alignment",
+            parts["alignment"],
+            lambda _: AlignmentConfig.from_state_dict(parts["alignment"]),
             AlignmentConfig.published_shapes,
         )
     if encoder_config and alignment_config and encoder_config.feature_channels != alignment_config.feature_channels:
@@ -237,11 +245,13 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
         raise WeightsError(f"{path.name} is {foreign}, not a FaithDiff file. {_GET_IT}")
     if not any(parts.values()):
         raise WeightsError(
-            f"{path.name} has none of FaithDiff's tensors; its first ones are {_listing(sorted(tensors)[:3])}. {_GET_IT}"
+            f"{path.name} has none of FaithDiff's tensors; its first ones are {_listing(sorted(tensors)[:3])}. "
+            f"{_GET_IT}"
         )
     if other:
         raise WeightsError(
-            f"{path.name} has {len(other)} tensor(s) that FaithDiff does not know, such as {_listing(other[:3])}. It is "
+            f"{path.name} has {len(other)} tensor(s) that FaithDiff does not know, such as {_listing(other[:3])}. It "
+            f"is "
             f"another model, or a later version of FaithDiff than this one reads. {_GET_IT}"
         )
     return parts
@@ -416,9 +426,7 @@ def _unwrapped(path: Path, loaded: Any) -> dict[str, Tensor]:
             break
         loaded = inner
     if not isinstance(loaded, Mapping):
-        raise WeightsError(
-            f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors. {_GET_IT}"
-        )
+        raise WeightsError(f"{path.name} holds a {type(loaded).__name__}, not a dictionary of tensors. {_GET_IT}")
     tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
     if tensors and all(key.startswith("module.") for key in tensors):
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -426,9 +434,7 @@ def _unwrapped(path: Path, loaded: Any) -> dict[str, Tensor]:
 
 
 def _truncated(path: Path, size: int, expected: int) -> WeightsError:
-    return WeightsError(
-        f"{path.name} is cut: it has {size} of {expected} bytes. The download stopped early. {_GET_IT}"
-    )
+    return WeightsError(f"{path.name} is cut: it has {size} of {expected} bytes. The download stopped early. {_GET_IT}")
 
 
 def _listing(names: list[str]) -> str:

@@ -36,7 +36,8 @@ class FaithDiffConditioning(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The caption or prompt."),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="FaithDiff was published with the encoded empty text here (an empty CLIP Text Encode, not zeros).",
+                    tooltip="FaithDiff was published with the encoded empty text here (an empty CLIP Text Encode, "
+                    "not zeros).",
                 ),
                 LQFeaturesType.Input("lq_features", tooltip="From FaithDiff LQ Encode."),
                 io.Float.Input(
@@ -99,11 +100,14 @@ class FaithDiffTrimCaption(io.ComfyNode):
             node_id="FaithDiffTrimCaption",
             display_name="FaithDiff Trim Caption",
             category="FaithDiff",
-            description="Trims a caption that a captioner wrote as the published code does: drops the lead-in (\"The image "
-            "features\") and keeps the first sentences. Not for prompts that you type.",
+            description='Trims a caption that a captioner wrote as the published code does: drops the lead-in ("The '
+            "image "
+            'features") and keeps the first sentences. Not for prompts that you type.',
             search_aliases=["faithdiff caption", "shorten caption", "llava caption"],
             inputs=[
-                io.String.Input("caption", multiline=True, default="", tooltip="What the captioner wrote; may be empty."),
+                io.String.Input(
+                    "caption", multiline=True, default="", tooltip="What the captioner wrote; may be empty."
+                ),
                 io.Int.Input("sentences", default=SENTENCES, min=0, max=100, tooltip="Sentences kept; 0 keeps all."),
                 io.Int.Input("skip_words", default=SKIP_WORDS, min=0, max=100, tooltip="Words dropped from the front."),
             ],

@@ -21,8 +21,10 @@ def overlap_input(tooltip: str, default: float) -> io.Float.Input:
 
 
 def check_tiles(tile_size: int | None, overlap: float | None) -> bool | str:
-    """For `validate_inputs`: the core's own checks. Values that arrive through a link are None here, and are checked when
-    the node runs."""
+    """For `validate_inputs`: the core's own checks.
+
+    Values that arrive through a link are None here, and are checked when the node runs.
+    """
     if tile_size is not None and (message := complaint(check_tile_size, tile_size)):
         return message
     if tile_size is not None and tile_size > LARGEST_TILE:

@@ -22,23 +22,30 @@ class FaithDiffLQEncode(io.ComfyNode):
             node_id="FaithDiffLQEncode",
             display_name="FaithDiff LQ Encode",
             category="FaithDiff",
-            description="Reads what is in a low-quality picture, already enlarged to the final size, with FaithDiff's LQ "
+            description="Reads what is in a low-quality picture, already enlarged to the final size, with "
+            "FaithDiff's LQ "
             "encoder. The result is needed once for all seeds, prompts and samplers.",
             search_aliases=["faithdiff encode", "lq encoder", "low quality features"],
             inputs=[
                 FaithDiffType.Input("faithdiff", tooltip="From FaithDiff Model Loader."),
                 io.Image.Input(
                     "pixels",
-                    tooltip="The enlarged low-quality picture, sides multiples of 8 pixels: what FaithDiff Prepare Image "
+                    tooltip="The enlarged low-quality picture, sides multiples of 8 pixels: what FaithDiff Prepare "
+                    "Image "
                     "gives. An alpha channel is left out.",
                 ),
                 tile_size_input(
-                    "Pixels. Larger pictures are encoded in tiles of this side. Smaller tiles need less memory (ComfyUI "
+                    "Pixels. Larger pictures are encoded in tiles of this side. Smaller tiles need less memory "
+                    "(ComfyUI "
                     "reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the picture at a time."
                 ),
-                overlap_input("Part of a tile that it shares with its neighbour. More hides seams, and takes longer.", 0.25),
+                overlap_input(
+                    "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.", 0.25
+                ),
             ],
-            outputs=[LQFeaturesType.Output(display_name="lq_features", tooltip="For FaithDiff Conditioning or Sampler.")],
+            outputs=[
+                LQFeaturesType.Output(display_name="lq_features", tooltip="For FaithDiff Conditioning or Sampler.")
+            ],
         )
 
     @classmethod
@@ -52,7 +59,8 @@ class FaithDiffLQEncode(io.ComfyNode):
             height, width = pixels.shape[1:3]
             if height % LATENT_SCALE or width % LATENT_SCALE:
                 raise PictureError(
-                    f"the sides of `pixels` must be multiples of {LATENT_SCALE}, got {width} x {height}. Send the picture "
+                    f"the sides of `pixels` must be multiples of {LATENT_SCALE}, got {width} x {height}. Send the "
+                    f"picture "
                     f"through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
                 )
             return io.NodeOutput(LQFeatures(encode_lq(faithdiff, pixels, tile_size, overlap)))

@@ -22,18 +22,20 @@ class FaithDiffPrepareImage(io.ComfyNode):
             node_id="FaithDiffPrepareImage",
             display_name="FaithDiff Prepare Image",
             category="FaithDiff",
-            description="Enlarges low-quality pictures to their final size (Lanczos) and pads them so that VAE and LQ encoder "
+            description="Enlarges low-quality pictures to their final size (Lanczos) and pads them so that VAE and "
+            "LQ encoder "
             "take them whole. FaithDiff Finish Image undoes the padding and brings back colours and alpha.",
             search_aliases=["faithdiff resize", "upscale image", "pad image"],
             inputs=[
-                io.Image.Input("image", tooltip="The low-quality pictures. An alpha channel, if any, is kept in the frame."),
+                io.Image.Input("image", tooltip="The low-quality pictures. An alpha channel is kept in the frame."),
                 io.Float.Input(
                     "scale_by",
                     default=2.0,
                     min=0.05,
                     max=16.0,
                     step=0.05,
-                    tooltip="Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, faces above "
+                    tooltip="Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, "
+                    "faces above "
                     "all. 1 restores without enlarging.",
                 ),
                 io.Int.Input(
@@ -67,7 +69,8 @@ class FaithDiffPrepareImage(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors("FaithDiff Prepare Image"):
             if multiple % 8:
-                raise PictureError(f"multiple must be a multiple of 8, got {multiple}. The nearest is {multiple // 8 * 8}.")
+                nearest = max(8, round(multiple / 8) * 8)
+                raise PictureError(f"multiple must be a multiple of 8, got {multiple}. The nearest is {nearest}.")
             height, width = target_size(
                 image.shape[1], image.shape[2], scale=scale_by, longest_side=longest_side or None
             )
@@ -77,7 +80,8 @@ class FaithDiffPrepareImage(io.ComfyNode):
             elif mask is not None:
                 if mask.shape[0] not in (1, image.shape[0]):
                     raise PictureError(
-                        f"there are {mask.shape[0]} masks for {image.shape[0]} pictures; give one for each, or one for all."
+                        f"there are {mask.shape[0]} masks for {image.shape[0]} pictures; give one for each, or one "
+                        f"for all."
                     )
                 mask = resize_lanczos(mask.unsqueeze(1), height, width)[:, 0]
             colors = pictures[:, :3]
@@ -94,7 +98,8 @@ class FaithDiffFinishImage(io.ComfyNode):
             node_id="FaithDiffFinishImage",
             display_name="FaithDiff Finish Image",
             category="FaithDiff",
-            description="Crops a restored picture to its exact size, gives it the colours of the low-quality one, and brings "
+            description="Crops a restored picture to its exact size, gives it the colours of the low-quality one, "
+            "and brings "
             "its transparency back.",
             search_aliases=["faithdiff color fix", "color correction", "adain", "wavelet"],
             inputs=[
@@ -104,13 +109,16 @@ class FaithDiffFinishImage(io.ComfyNode):
                     "color_fix",
                     options=[fix.value for fix in ColorFix],
                     default=ColorFix.ADAIN.value,
-                    tooltip="adain: mean and contrast of each channel (published). wavelet: colours place by place; follows "
+                    tooltip="adain: mean and contrast of each channel (published). wavelet: colours place by place; "
+                    "follows "
                     "stains of the original, too. none: as the model made them.",
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="image"),
-                io.Mask.Output(display_name="mask", tooltip="Transparency, for Join Image with Alpha; zeros without one."),
+                io.Mask.Output(
+                    display_name="mask", tooltip="Transparency, for Join Image with Alpha; zeros without one."
+                ),
             ],
         )
 
@@ -120,12 +128,14 @@ class FaithDiffFinishImage(io.ComfyNode):
             height, width = frame.size
             if image.shape[1] < height or image.shape[2] < width:
                 raise PictureError(
-                    f"the picture is {image.shape[2]} x {image.shape[1]}, smaller than the {width} x {height} of the frame. "
+                    f"the picture is {image.shape[2]} x {image.shape[1]}, smaller than the {width} x {height} of the "
+                    f"frame. "
                     f"Connect the frame of the same FaithDiff Prepare Image that this picture came through."
                 )
             if frame.image.shape[0] not in (1, image.shape[0]):
                 raise PictureError(
-                    f"there are {image.shape[0]} pictures, but the frame is of {frame.image.shape[0]}. Connect the frame that "
+                    f"there are {image.shape[0]} pictures, but the frame is of {frame.image.shape[0]}. Connect the "
+                    f"frame that "
                     f"belongs to this batch."
                 )
             cropped = _channels_first(image[:, :height, :width, :3])

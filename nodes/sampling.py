@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 PUBLISHED_SCHEDULE = "faithdiff"
 
 TILE_TOOLTIP = (
-    "Pixels. Larger pictures are sampled in tiles of this side. 1024 is what SDXL was trained at; smaller tiles need less "
+    "Pixels. Larger pictures are sampled in tiles of this side. 1024 is what SDXL was trained at; smaller tiles need "
+    "less "
     "memory and see less of the picture."
 )
 OVERLAP_TOOLTIP = (
@@ -45,7 +46,8 @@ def tile_batch_input() -> io.Int.Input:
         default=0,
         min=0,
         max=64,
-        tooltip="Tiles that go through the U-Net at once; 0 for as many as fit (up to 8). The result does not depend on it.",
+        tooltip="Tiles that go through the U-Net at once; 0 for as many as fit (up to 8). The result does not depend "
+        "on it.",
         advanced=True,
     )
 
@@ -66,7 +68,8 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
             node_id="FaithDiffTiledDiffusion",
             display_name="FaithDiff Tiled Diffusion",
             category="FaithDiff",
-            description="Makes a MODEL sample large pictures in overlapping tiles, with any sampler. Every tile gets its part "
+            description="Makes a MODEL sample large pictures in overlapping tiles, with any sampler. Every tile gets "
+            "its part "
             "of the LQ features, ControlNet hints, masks and areas, and SDXL's size conditioning as FaithDiff "
             "was published with it.",
             search_aliases=["faithdiff tiles", "tiled diffusion", "multidiffusion", "large image"],
@@ -98,7 +101,8 @@ class FaithDiffSampler(io.ComfyNode):
             node_id="FaithDiffSampler",
             display_name="FaithDiff Sampler",
             category="FaithDiff",
-            description="Restores: FaithDiff Conditioning, FaithDiff Tiled Diffusion and a sampler in one node, with the "
+            description="Restores: FaithDiff Conditioning, FaithDiff Tiled Diffusion and a sampler in one node, with "
+            "the "
             "published schedule and starting point.",
             search_aliases=["faithdiff", "restore", "upscale", "super resolution", "ksampler"],
             inputs=[
@@ -128,7 +132,8 @@ class FaithDiffSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="Published: 5. Higher is crisper and less faithful; 1 halves the time (for few-step LoRAs).",
+                    tooltip="Published: 5. Higher is crisper and less faithful; 1 halves the time (for few-step "
+                    "LoRAs).",
                 ),
                 io.Combo.Input(
                     "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="Published: euler."
@@ -143,7 +148,8 @@ class FaithDiffSampler(io.ComfyNode):
                     "start_point",
                     options=[point.value for point in StartPoint],
                     default=StartPoint.LR.value,
-                    tooltip="`lr`: noise with a trace of the low-quality picture (published; needs latent_image). `noise`: "
+                    tooltip="`lr`: noise with a trace of the low-quality picture (published; needs latent_image). "
+                    "`noise`: "
                     "noise alone.",
                 ),
                 io.Float.Input(
@@ -161,7 +167,8 @@ class FaithDiffSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image",
                     optional=True,
-                    tooltip="The low-quality picture through VAE Encode. Its noise mask, if it has one, limits what changes.",
+                    tooltip="The low-quality picture through VAE Encode. Its noise mask, if it has one, limits what "
+                    "changes.",
                 ),
                 io.Noise.Input("noise", optional=True, tooltip="Used instead of the seed's noise."),
                 io.Float.Input(
@@ -269,7 +276,8 @@ def _latent(
         )
     if samples.shape[0] != lq_features.tensor.shape[0] and lq_features.tensor.shape[0] != 1:
         raise SettingsError(
-            f"latent_image holds {samples.shape[0]} pictures, the LQ features {lq_features.tensor.shape[0]}. Encode the "
+            f"latent_image holds {samples.shape[0]} pictures, the LQ features {lq_features.tensor.shape[0]}. Encode "
+            f"the "
             f"same batch with both."
         )
     return latent_image.copy()
@@ -284,7 +292,8 @@ def _sigmas(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> 
     if scheduler == PUBLISHED_SCHEDULE:
         if total > len(model_sampling.sigmas):
             raise SettingsError(
-                f"steps / denoise must be at most {len(model_sampling.sigmas)} with the published schedule, got {total}. "
+                f"steps / denoise must be at most {len(model_sampling.sigmas)} with the published schedule, got "
+                f"{total}. "
                 f"Take fewer steps, or another scheduler."
             )
         sigmas = sampling_sigmas(total, model_sampling.sigmas)
@@ -293,9 +302,7 @@ def _sigmas(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> 
     return sigmas.cpu()[-(steps + 1) :]
 
 
-def _starting_noise(
-    model: ModelPatcher, start: StartPoint, samples: Tensor, noise: Tensor, sigmas: Tensor
-) -> Tensor:
+def _starting_noise(model: ModelPatcher, start: StartPoint, samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """The noise with which the host, which starts from latent + scale * noise, arrives at the published start.
 
     This way the latent stays the clean one, which inpainting masks need.
@@ -318,7 +325,9 @@ def _check_finite(model: ModelPatcher, samples: Tensor) -> None:
     if not torch.isfinite(samples).all():
         dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
         raise SettingsError(
-            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with --bf16-unet or "
-            f"--fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is far too "
+            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with "
+            f"--bf16-unet or "
+            f"--fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is "
+            f"far too "
             f"strong does it too."
         )

@@ -28,12 +28,15 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
             node_id="FaithDiffTiledVAEDecode",
             display_name="FaithDiff Tiled VAE Decode",
             category="FaithDiff",
-            description="Decodes large latents in tiles that share their normalisation statistics: no tile differs in tone "
+            description="Decodes large latents in tiles that share their normalisation statistics: no tile differs "
+            "in tone "
             "from its neighbour, and the result is that of a decode in one piece.",
             search_aliases=["faithdiff decode", "vae decode tiled", "seamless decode"],
             inputs=[
                 io.Latent.Input("samples", tooltip="From a sampler."),
-                io.Vae.Input("vae", tooltip="SDXL's VAE. In fp16 use the fp16-fix VAE; others give black pictures there."),
+                io.Vae.Input(
+                    "vae", tooltip="SDXL's VAE. In fp16 use the fp16-fix VAE; others give black pictures there."
+                ),
                 tile_size_input(
                     "Pixels. Pictures no larger are decoded in one piece. Smaller tiles need less memory (ComfyUI "
                     "reserves 4.3 GB at 1024 and 1.1 GB at 512 in half precision) and take a little longer."
@@ -80,7 +83,8 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
             if not torch.isfinite(pixels).all():
                 dtype = str(vae.vae_dtype).removeprefix("torch.")
                 raise SettingsError(
-                    f"the decoded picture is not a number: the VAE, computing in {dtype}, overflowed. Use the fp16-fix VAE, or "
+                    f"the decoded picture is not a number: the VAE, computing in {dtype}, overflowed. Use the "
+                    f"fp16-fix VAE, or "
                     f"start ComfyUI with --bf16-vae or --fp32-vae. (If the latent is broken, the sampler says so.)"
                 )
             image = vae.process_output(pixels).movedim(1, -1).contiguous()

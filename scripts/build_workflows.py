@@ -67,9 +67,7 @@ def complete(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> Graph:
     return Graph(graph.name, graph.description, nodes)
 
 
-def _page_nodes(
-    graph: Graph, classes: Mapping[str, type[NodeClass]]
-) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+def _page_nodes(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> tuple[list[dict[str, Any]], list[list[Any]]]:
     """Nodes and links ([id, from, slot, to, slot, type]) as the page has them. `graph` is complete."""
     ids = {key: int(number) for key, number in _ids(graph).items()}
     links: list[list[Any]] = []

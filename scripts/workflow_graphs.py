@@ -93,9 +93,11 @@ def faithdiff_2x() -> Graph:
     return Graph(
         "faithdiff_2x",
         "## FaithDiff, twice the size\n\n"
-        "The published settings. Choose your picture in **Load Image**, say in the positive prompt what is in it (the more "
+        "The published settings. Choose your picture in **Load Image**, say in the positive prompt what is in it "
+        "(the more "
         "exactly, the better), and run.\n\n"
-        f"- `{FAITHDIFF}` goes into `models/faithdiff`, an SDXL checkpoint into `models/checkpoints`; the checkpoint gives "
+        f"- `{FAITHDIFF}` goes into `models/faithdiff`, an SDXL checkpoint into `models/checkpoints`; the checkpoint "
+        f"gives "
         "text encoders and VAE, FaithDiff's file gives the U-Net.\n"
         "- For four times the size, two passes of two are more faithful: feed the result in again.\n"
         "- Little video memory: `weight_dtype` fp8_e4m3fn, and tiles of 512 in *LQ Encode* and *Tiled VAE Decode*.",
@@ -118,9 +120,13 @@ def restoration() -> dict[str, Node]:
     """The graph that the others are variations of."""
     return {
         "picture": Node("LoadImage", {"image": PICTURE}, (0, 0)),
-        "checkpoint": Node("CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}, (0, 420), "SDXL checkpoint (CLIP and VAE)"),
+        "checkpoint": Node(
+            "CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}, (0, 420), "SDXL checkpoint (CLIP and VAE)"
+        ),
         "loader": Node("FaithDiffModelLoader", {"faithdiff_name": FAITHDIFF, "weight_dtype": "default"}, (0, 600)),
-        "prepare": Node("FaithDiffPrepareImage", {"image": Link("picture"), "mask": Link("picture", 1), "scale_by": 2.0}, (420, 0)),
+        "prepare": Node(
+            "FaithDiffPrepareImage", {"image": Link("picture"), "mask": Link("picture", 1), "scale_by": 2.0}, (420, 0)
+        ),
         "positive": Node(
             "CLIPTextEncode",
             {"clip": Link("checkpoint", 1), "text": CAPTION},
@@ -142,7 +148,9 @@ def restoration() -> dict[str, Node]:
             {"image": Link("decode"), "frame": Link("prepare", 1), "color_fix": "adain"},
             (1280, 180),
         ),
-        "save": Node("SaveImage", {"images": Link("finish"), "filename_prefix": "FaithDiff"}, (1640, 0), size=(480, 480)),
+        "save": Node(
+            "SaveImage", {"images": Link("finish"), "filename_prefix": "FaithDiff"}, (1640, 0), size=(480, 480)
+        ),
     }
 
 
@@ -175,7 +183,8 @@ def faithdiff_4x_progressive() -> Graph:
     return Graph(
         "faithdiff_4x_progressive",
         "## FaithDiff, four times the size in two passes\n\n"
-        "Twice the size, and twice again. The second pass sees the restored picture of the first, so it has to invent less "
+        "Twice the size, and twice again. The second pass sees the restored picture of the first, so it has to "
+        "invent less "
         "than one pass of four would; faces profit most.\n\n"
         "The second pass works on four times the pixels and takes about four times as long, in tiles.",
         {**nodes, **second, "save": save},
@@ -198,8 +207,10 @@ def faithdiff_own_checkpoint_lora() -> Graph:
     return Graph(
         "faithdiff_own_checkpoint_lora",
         "## FaithDiff on your own checkpoint and LoRA\n\n"
-        "`unet_strength` moves your checkpoint's U-Net towards FaithDiff's: 1 follows the picture most closely, 0 keeps your "
-        "style and follows it least. 0.6 to 0.9 is a good range. The LoRA keeps its full strength, before the loader (as "
+        "`unet_strength` moves your checkpoint's U-Net towards FaithDiff's: 1 follows the picture most closely, 0 "
+        "keeps your "
+        "style and follows it least. 0.6 to 0.9 is a good range. The LoRA keeps its full strength, before the loader "
+        "(as "
         "here) or behind it.\n\n"
         "Choose your files in **Load Checkpoint** and **Load LoRA**.",
         nodes,
@@ -219,9 +230,11 @@ def faithdiff_few_steps() -> Graph:
     return Graph(
         "faithdiff_few_steps",
         "## FaithDiff in 8 steps\n\n"
-        "A few-step LoRA for **SDXL base** (Lightning here; DMD2 works with 4 steps and the sampler `lcm`) on FaithDiff's U-Net, "
+        "A few-step LoRA for **SDXL base** (Lightning here; DMD2 works with 4 steps and the sampler `lcm`) on "
+        "FaithDiff's U-Net, "
         "with cfg 1: a fifth of the usual work. Expect smoother textures than with 20 steps.\n\n"
-        "The LoRA's steps must match its file: an 8-step LoRA with 8 steps. At cfg 1 the negative prompt has no effect.",
+        "The LoRA's steps must match its file: an 8-step LoRA with 8 steps. At cfg 1 the negative prompt has no "
+        "effect.",
         nodes,
     )
 
@@ -252,15 +265,19 @@ def faithdiff_low_vram() -> Graph:
 def faithdiff_batch_folder() -> Graph:
     """Every picture of a folder, whatever its size."""
     nodes = restoration()
-    nodes["picture"] = Node("LoadImageDataSetFromFolder", {"folder": "restore"}, (0, 0), "All pictures of input/restore")
+    nodes["picture"] = Node(
+        "LoadImageDataSetFromFolder", {"folder": "restore"}, (0, 0), "All pictures of input/restore"
+    )
     nodes["prepare"].inputs = {"image": Link("picture"), "scale_by": 2.0}
     nodes["sampler"].inputs["seed"] = 42
     return Graph(
         "faithdiff_batch_folder",
         "## FaithDiff for a folder\n\n"
-        "Put pictures of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored one after "
+        "Put pictures of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored "
+        "one after "
         "the other with one caption; the models are loaded once.\n\n"
-        "For a caption of its own for each picture, put FaithDiff Caption between the pictures and the positive prompt, as in "
+        "For a caption of its own for each picture, put FaithDiff Caption between the pictures and the positive "
+        "prompt, as in "
         "*faithdiff_auto_caption*.",
         nodes,
     )
@@ -276,9 +293,11 @@ def faithdiff_auto_caption() -> Graph:
     return Graph(
         "faithdiff_auto_caption",
         "## FaithDiff with a caption made for it\n\n"
-        "FaithDiff was trained with captions of LLaVA-1.5. **FaithDiff Caption** asks a local model the same question and "
+        "FaithDiff was trained with captions of LLaVA-1.5. **FaithDiff Caption** asks a local model the same "
+        "question and "
         "trims the answer as the published code does.\n\n"
-        f"Put a model folder (`{CAPTIONER}`, or any image-to-text model that transformers loads) into `models/LLM`, or switch "
+        f"Put a model folder (`{CAPTIONER}`, or any image-to-text model that transformers loads) into `models/LLM`, "
+        f"or switch "
         "`allow_download` on and name a hub id.",
         nodes,
     )
@@ -308,7 +327,8 @@ def faithdiff_other_captioner() -> Graph:
         "faithdiff_other_captioner",
         "## FaithDiff with another captioner\n\n"
         "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the picture through a "
-        "vision-language model in `models/text_encoders`, and **FaithDiff Trim Caption** drops the lead-in and keeps two "
+        "vision-language model in `models/text_encoders`, and **FaithDiff Trim Caption** drops the lead-in and keeps "
+        "two "
         "sentences.",
         nodes,
     )
@@ -335,7 +355,8 @@ def faithdiff_controlnet() -> Graph:
     return Graph(
         "faithdiff_controlnet",
         "## FaithDiff with a ControlNet\n\n"
-        "FaithDiff needs none. Where outlines matter more than anything (drawings, plans), a light one can help; every tile "
+        "FaithDiff needs none. Where outlines matter more than anything (drawings, plans), a light one can help; "
+        "every tile "
         "gets its part of the hint.\n\n"
         f"`{CONTROLNET}` stands for any ControlNet for SDXL in `models/controlnet`.",
         nodes,
@@ -382,7 +403,11 @@ def restore_blueprint() -> Blueprint:
         del nodes[key]
     nodes["prepare"].inputs = {"scale_by": 2.0}
     return Blueprint(
-        Graph("faithdiff_restore", "Restores and enlarges a picture with FaithDiff: the published settings in one node.", nodes),
+        Graph(
+            "faithdiff_restore",
+            "Restores and enlarges a picture with FaithDiff: the published settings in one node.",
+            nodes,
+        ),
         "FaithDiff Restore",
         "FaithDiff",
         (

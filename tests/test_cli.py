@@ -26,8 +26,7 @@ from faithdiff_core.pictures import load_picture, resize_lanczos
 if TYPE_CHECKING:
     from conftest import Golden
 
-SMALL_TILES = ("--tile", "512", "--overlap", "0", "--encoder-tile", "512", "--vae-tile", "512")
-QUICK = ("--steps", "1", "--cfg", "1", *SMALL_TILES, "--device", "cpu", "--dtype", "fp32")
+QUICK = ("--steps", "1", "--cfg", "1", "--tile", "512", "--overlap", "0", "--device", "cpu", "--dtype", "fp32")
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ class TestRestore:
         }.items():
             image.save(folder / name)
         assert cv2.imwrite(str(folder / "deep.png"), _noise(9, 13, 3, dtype=np.uint16))
-        assert main(["restore", str(folder), "-o", str(out), *model]) == 0
+        assert main(["restore", str(folder), "-o", str(out), *model, "--start", "noise"]) == 0
         found = {}
         for path in out.iterdir():
             picture = load_picture(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -98,7 +99,7 @@ def test_converted_from_safetensors_is_the_same(published: Path, state: dict[str
 
 def test_mapping_anew_changes_nothing(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [path.read_bytes() for path in convert(published, tmp_path / "a")]
-    monkeypatch.setattr("faithdiff_core.convert._REMAP_BYTES", 2_000_000)
+    monkeypatch.setattr(sys.modules[convert.__module__], "_REMAP_BYTES", 2_000_000)
     assert [path.read_bytes() for path in convert(published, tmp_path / "b")] == whole
 
 

@@ -1,1 +1,1 @@
-"""What joins FaithDiff to ComfyUI: the patch on the U-Net, the sampling wrappers, and the types that travel in graphs."""
+"""What joins FaithDiff to ComfyUI: patch, sampling wrappers, models, and the types that travel in graphs."""

@@ -1,7 +1,7 @@
 """ControlNet hints under tiles.
 
-A ControlNet fits its whole hint to whatever latent it is called with, so a tile has to be given the hint's part. For the
-time of one call the hint of every control in the chain is exchanged for the tiles' crops.
+A ControlNet fits its whole hint to whatever latent it is called with, so a tile has to be given the hint's part. For
+the time of one call the hint of every control in the chain is exchanged for the tiles' crops.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class ControlHints:
         self._full: dict[int, tuple[Tensor, Tensor]] = {}
 
     @contextmanager
-    def cropped(self, conds: Sequence[Sequence[dict[str, Any]] | None], tiles: Sequence[Tile], images: int) -> Iterator[None]:
+    def cropped(
+        self, conds: Sequence[Sequence[dict[str, Any]] | None], tiles: Sequence[Tile], images: int
+    ) -> Iterator[None]:
         """Give all controls of `conds` the hints of `tiles` while the context lasts.
 
         Args:

@@ -118,12 +118,8 @@ def _adapter(weights: FaithDiffWeights, weight_dtype: str, model: ModelPatcher) 
         # 45 million parameters: eight bits would save little and cost precision where it matters most.
         dtype = model.model.get_dtype_inference()
     offload = comfy.model_management.unet_offload_device()
-    encoder = LQEncoder(
-        weights.lq_encoder_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast
-    )
-    alignment = Alignment(
-        weights.alignment_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast
-    )
+    encoder = LQEncoder(weights.lq_encoder_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
+    alignment = Alignment(weights.alignment_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
     encoder_state = {key: value.to(dtype) for key, value in weights.lq_encoder_state().items()}
     return FaithDiffModel(
         name=weights.path.name,
@@ -147,19 +143,22 @@ def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
     kind = type(model.model).__name__
     if not isinstance(model.model, comfy.model_base.SDXL):
         raise WeightsError(
-            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to use the "
+            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to "
+            f"use the "
             f"U-Net of the FaithDiff file."
         )
     assert weights.alignment_config is not None
     config = model.model.model_config.unet_config
     if config["model_channels"] != weights.alignment_config.unet_channels:
         raise WeightsError(
-            f"`model` begins with {config['model_channels']} channels, but the alignment of {weights.path.name} is made "
+            f"`model` begins with {config['model_channels']} channels, but the alignment of {weights.path.name} is "
+            f"made "
             f"for {weights.alignment_config.unet_channels}. They belong to different models."
         )
     if config.get("in_channels", 4) != 4:
         raise WeightsError(
-            f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of SDXL), but FaithDiff's "
+            f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of SDXL), but "
+            f"FaithDiff's "
             f"U-Net takes 4. Connect an ordinary SDXL checkpoint."
         )
 
@@ -214,9 +213,7 @@ def encode_lq(faithdiff: FaithDiffModel, pixels: torch.Tensor, tile_size: int, o
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
 
-    features = patcher.model.encode(
-        pictures, tile_size, overlap, progress, device=patcher.load_device, dtype=dtype
-    )
+    features = patcher.model.encode(pictures, tile_size, overlap, progress, device=patcher.load_device, dtype=dtype)
     return features.to(comfy.model_management.intermediate_device())
 
 

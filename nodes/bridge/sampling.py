@@ -1,9 +1,9 @@
 """Tiles and LQ features for every sampler of the host.
 
-One wrapper around the host's `calc_cond_batch` does both: it hands the alignment patch what it needs to know, and, where
-a MODEL asks for tiles, predicts tile by tile and merges the predictions. A sampler never notices: it steps the whole
-latent. For samplers that are linear in the latent and the predictions this equals the published code, which steps every
-tile and merges afterwards.
+One wrapper around the host's `calc_cond_batch` does both: it hands the alignment patch what it needs to know, and,
+where a MODEL asks for tiles, predicts tile by tile and merges the predictions. A sampler never notices: it steps the
+whole latent. For samplers that are linear in the latent and the predictions this equals the published code, which
+steps every tile and merges afterwards.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ class Tiling:
 
 def install(model: ModelPatcher) -> None:
     """Put the sampling wrappers on a MODEL of one's own (a clone), once."""
-    for kind, wrapper in ((WrappersMP.CALC_COND_BATCH, calc_cond_batch), (WrappersMP.PREPARE_SAMPLING, prepare_sampling)):
+    for kind, wrapper in (
+        (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
+        (WrappersMP.PREPARE_SAMPLING, prepare_sampling),
+    ):
         if not model.get_wrappers(kind, WRAPPER_KEY):
             model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
 
@@ -136,9 +139,7 @@ def calc_cond_batch(
         plan = _plan(active, tile_conds, tiles, shareable)
         x = torch.cat([tile.crop(x_in) for tile in tiles])
         with hints.cropped(tile_conds, tiles, images):
-            predictions = executor(
-                model, tile_conds, x, timestep.repeat(len(tiles)), _with_plan(model_options, plan)
-            )
+            predictions = executor(model, tile_conds, x, timestep.repeat(len(tiles)), _with_plan(model_options, plan))
         for out, prediction in zip(outs, predictions, strict=True):
             for tile, part in zip(tiles, prediction.split(images), strict=True):
                 grid.merge(out, tile, part)
@@ -155,9 +156,7 @@ def _active_conditions(model: BaseModel, conds: Conds, timestep: Tensor) -> dict
     therefore holds for conditionings that did not pass through it too, such as the empty one of perpendicular guidance:
     guidance compares predictions, and these must be about the same picture.
     """
-    own = {
-        cond["uuid"]: cond[CONDITION_KEY] for group in conds for cond in group or () if CONDITION_KEY in cond
-    }
+    own = {cond["uuid"]: cond[CONDITION_KEY] for group in conds for cond in group or () if CONDITION_KEY in cond}
     if not own:
         return {}
     distinct = {id(condition): condition for condition in own.values()}
@@ -188,12 +187,14 @@ def _check_features(active: dict[UUID, tuple[LQCondition, float]], x_in: Tensor)
         height, width = x_in.shape[-2:]
         if features.size != (height, width):
             raise SettingsError(
-                f"FaithDiff: the LQ features are of a picture of {features.size[1] * 8} x {features.size[0] * 8} pixels, "
+                f"FaithDiff: the LQ features are of a picture of {features.size[1] * 8} x {features.size[0] * 8} "
+                f"pixels, "
                 f"but the latent is one of {width * 8} x {height * 8}. Make both from the same prepared image."
             )
         if features.tensor.shape[0] not in (1, x_in.shape[0]):
             raise SettingsError(
-                f"FaithDiff: there are LQ features of {features.tensor.shape[0]} pictures, but {x_in.shape[0]} latents. "
+                f"FaithDiff: there are LQ features of {features.tensor.shape[0]} pictures, but {x_in.shape[0]} "
+                f"latents. "
                 f"Encode as many pictures as there are latents, or one for all."
             )
 
@@ -212,7 +213,7 @@ def _plan(
 
 
 def _box(tile: Tile, area: Sequence[int] | None) -> tuple[int, int, int, int]:
-    """What the U-Net sees of a tile: all of it, or the conditioning's area (height, width, top, left within the tile)."""
+    """What the U-Net sees of a tile: all of it, or an area (height, width, top, left within the tile)."""
     if area is None:
         return tile.top, tile.left, tile.height, tile.width
     height, width, top, left = area
@@ -294,9 +295,7 @@ def _rows_of(x: Tensor, images: int) -> Tensor:
     return x.repeat(repeats, *[1] * (x.ndim - 1))[:images]
 
 
-def _tile_size_conditioning(
-    model: BaseModel, y: Tensor, grid: TileGrid, tiles: Sequence[Tile], images: int
-) -> Tensor:
+def _tile_size_conditioning(model: BaseModel, y: Tensor, grid: TileGrid, tiles: Sequence[Tile], images: int) -> Tensor:
     """SDXL's vector conditioning with the published size conditioning of each tile.
 
     The vector is the pooled text followed by the embeddings of six numbers.

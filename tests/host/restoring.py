@@ -86,7 +86,9 @@ class Setup:
         }
         return self.host.call("FaithDiffSampler", **(settings | kw))[0]["samples"]
 
-    def guided(self, guider: Any, noise: Tensor, latent: dict[str, Any], sigmas: Tensor, sampler: str = "euler") -> Tensor:
+    def guided(
+        self, guider: Any, noise: Tensor, latent: dict[str, Any], sigmas: Tensor, sampler: str = "euler"
+    ) -> Tensor:
         """The stock SamplerCustomAdvanced with a GUIDER."""
         return self.host.call(
             "SamplerCustomAdvanced",

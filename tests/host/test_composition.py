@@ -1,7 +1,8 @@
 """FaithDiff together with what people combine it with.
 
-Tiled sampling is compared with the same done by hand: every tile is sampled on its own, without tiling, from its own crop
-of everything (noise, latent, LQ features, hint, mask, area), and the results are merged with the published weights.
+Tiled sampling is compared with the same done by hand: every tile is sampled on its own, without tiling, from its own
+crop of everything (noise, latent, LQ features, hint, mask, area), and the results are merged with the published
+weights.
 One Euler step is linear in the predictions, so both must agree.
 """
 
@@ -183,7 +184,9 @@ def test_loras_keep_their_strength(host: Host, features: Any) -> None:
     assert relative(after.restore(features, steps=2), expected) < TOLERANCE
     assert relative(without.restore(features, steps=2), expected) > 1e-3
     # What was given stays as it was: the LoRA's own model has no more patches than before.
-    assert relative(load(host, model=with_lora, unet_strength=strength).restore(features, steps=2), expected) < TOLERANCE
+    assert (
+        relative(load(host, model=with_lora, unet_strength=strength).restore(features, steps=2), expected) < TOLERANCE
+    )
 
 
 def test_adapter_file_leaves_the_unet_alone(host: Host, setup: Setup, features: Any, adapter_file: str) -> None:
@@ -227,7 +230,9 @@ def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> N
 def test_controlnet_hint_of_another_size(host: Host, setup: Setup, features: Any) -> None:
     """A hint of half the size is enlarged as a whole before it is cut, so tiles see what an untiled call would see."""
     half = pictures(HEIGHT // 2, WIDTH // 2, seed=22)
-    enlarged = torch.nn.functional.interpolate(half.movedim(-1, 1), (HEIGHT, WIDTH), mode="nearest-exact").movedim(1, -1)
+    enlarged = torch.nn.functional.interpolate(half.movedim(-1, 1), (HEIGHT, WIDTH), mode="nearest-exact").movedim(
+        1, -1
+    )
     control = host.call("TestControlNet", seed=1)[0]
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
 
@@ -329,9 +334,7 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
             if first >= last:
                 continue
             part = Tile(0, 0, tile.top, tile.left + first, tile.height, last - first)
-            positive = [
-                [e[0], {**e[1], "crop_w": tile.left}] for e in area_conds(which, part)[0]
-            ]
+            positive = [[e[0], {**e[1], "crop_w": tile.left}] for e in area_conds(which, part)[0]]
             result = sample(
                 setup,
                 setup.model,
@@ -387,7 +390,12 @@ def test_perturbed_attention(host: Host, setup: Setup, features: Any) -> None:
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
     conds = tile_conds(setup, features, None)
-    assert relative(sample(setup, model, conds, noise, latent, None), sample(setup, setup.model, conds, noise, latent, None)) > 1e-3
+    assert (
+        relative(
+            sample(setup, model, conds, noise, latent, None), sample(setup, setup.model, conds, noise, latent, None)
+        )
+        > 1e-3
+    )
 
 
 def test_different_features_for_two_prompts(setup: Setup, features: Any, picture: Tensor) -> None:
@@ -407,7 +415,9 @@ def test_different_features_for_two_prompts(setup: Setup, features: Any, picture
     assert relative(both, alone_negative + 4.0 * (alone_positive - alone_negative)) < TOLERANCE
 
 
-def test_layers_of_memory_do_not_matter(host: Host, setup: Setup, features: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_memory_do_not_matter(
+    host: Host, setup: Setup, features: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With little memory the host calls the U-Net once for each guidance half; the result is the same."""
     import comfy.model_patcher
 
@@ -420,7 +430,7 @@ def test_loader_refuses_what_does_not_fit(host: Host, adapter_file: str, tmp_pat
     errors = host.pack_module("faithdiff_core.errors")
     with pytest.raises(errors.WeightsError, match=r"FaithDiff Model Loader: .* no U-Net. Connect a MODEL to `model`"):
         host.call("FaithDiffModelLoader", faithdiff_name=adapter_file, weight_dtype="default")
-    with pytest.raises(errors.WeightsError, match="FaithDiff Model Loader: .* in none of the model folders"):
+    with pytest.raises(errors.WeightsError, match=r"FaithDiff Model Loader: .* in none of the model folders"):
         host.call("FaithDiffModelLoader", faithdiff_name="missing.safetensors", weight_dtype="default")
     with pytest.raises(errors.WeightsError, match="ComfyUI does not know a U-Net of these sizes"):
         host.call("FaithDiffModelLoader", faithdiff_name="faithdiff_tiny.safetensors", weight_dtype="default")

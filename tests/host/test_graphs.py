@@ -189,9 +189,7 @@ def test_alpha_travels_to_the_end(host: Host) -> None:
     picture = pictures(30, 50)
     mask = torch.zeros(1, 30, 50)
     mask[:, :, 25:] = 1.0
-    prepare = host.call(
-        "FaithDiffPrepareImage", image=picture, mask=mask, scale_by=2.0, longest_side=0, multiple=8
-    )
+    prepare = host.call("FaithDiffPrepareImage", image=picture, mask=mask, scale_by=2.0, longest_side=0, multiple=8)
     out, out_mask = host.call("FaithDiffFinishImage", image=prepare[0], frame=prepare[1], color_fix="none")
     assert tuple(out_mask.shape) == (1, 60, 100)
     assert torch.equal(out_mask[:, :, :44], torch.zeros(1, 60, 44))
@@ -235,7 +233,7 @@ def test_bad_values_are_refused_before_running(host: Host, inputs: dict[str, Any
 def expect(host: Host, text: str, class_type: str, **inputs: Any) -> None:
     """The node raises one of our errors, which begins with the node's name and holds the text."""
     base = host.pack_module("faithdiff_core.errors").FaithDiffError
-    with pytest.raises(base, match="^FaithDiff ") as caught:
+    with pytest.raises(base, match=r"^FaithDiff ") as caught:
         host.call(class_type, **inputs)
     assert text in str(caught.value)
 
@@ -273,7 +271,15 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     broken = {"samples": torch.full((1, 4, 8, 12), float("nan"))}
     expect(host, "weight_dtype bf16 or fp32", name, **(sampler | {"latent_image": broken}))
     odd = pictures(60, 64)
-    expect(host, "FaithDiff Prepare Image", "FaithDiffLQEncode", faithdiff=setup.faithdiff, pixels=odd, tile_size=64, overlap=0.0)
+    expect(
+        host,
+        "FaithDiff Prepare Image",
+        "FaithDiffLQEncode",
+        faithdiff=setup.faithdiff,
+        pixels=odd,
+        tile_size=64,
+        overlap=0.0,
+    )
     expect(
         host,
         "start_percent must not be larger",
@@ -287,7 +293,9 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     )
     expect(host, "between 0 and 0.9", "FaithDiffTiledDiffusion", model=plain, tile_size=64, overlap=2.0, tile_batch=0)
     frame = host.call("FaithDiffPrepareImage", image=pictures(40, 40), scale_by=2.0, longest_side=0, multiple=8)[1]
-    expect(host, "smaller than the 80 x 80", "FaithDiffFinishImage", image=pictures(64, 64), frame=frame, color_fix="adain")
+    expect(
+        host, "smaller than the 80 x 80", "FaithDiffFinishImage", image=pictures(64, 64), frame=frame, color_fix="adain"
+    )
     video = {"samples": torch.zeros(1, 4, 2, 8, 8)}
     vae = host.call("TestVAE")[0]
     expect(host, "expected image latents", "FaithDiffTiledVAEDecode", samples=video, vae=vae, tile_size=64, overlap=0.0)
@@ -317,7 +325,9 @@ def test_not_an_sdxl_model(host: Host) -> None:
     import comfy.model_patcher
     import comfy.supported_models
 
-    config = comfy.supported_models.SD15({**host.testpack.models.UNET_CONFIG, "adm_in_channels": None, "num_classes": None})
+    config = comfy.supported_models.SD15(
+        {**host.testpack.models.UNET_CONFIG, "adm_in_channels": None, "num_classes": None}
+    )
     config.set_inference_dtype(torch.float32, None)
     model = comfy.model_patcher.CoreModelPatcher(
         config.get_model({}, ""), load_device=torch.device("cpu"), offload_device=torch.device("cpu")

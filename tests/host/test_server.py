@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,12 +46,19 @@ SAMPLER: dict[str, Any] = {
 
 
 def restoration(
-    picture: str, source: tuple[list[Any], Node], texts: tuple[list[Any], list[Any]], vae: list[Any], graph: Graph, **kw: Any
+    picture: str,
+    source: tuple[list[Any], Node],
+    texts: tuple[list[Any], list[Any]],
+    vae: list[Any],
+    graph: Graph,
+    **kw: Any,
 ) -> Graph:
     """A restoration of an uploaded picture to a saved one."""
     _, loader = source
     loaded = graph.add("LoadImage", image=picture)
-    prepare = graph.add("FaithDiffPrepareImage", image=loaded[0], mask=loaded[1], scale_by=2.0, longest_side=0, multiple=8)
+    prepare = graph.add(
+        "FaithDiffPrepareImage", image=loaded[0], mask=loaded[1], scale_by=2.0, longest_side=0, multiple=8
+    )
     features = graph.add("FaithDiffLQEncode", faithdiff=loader[1], pixels=prepare[0], tile_size=1024, overlap=0.25)
     sampled = graph.add(
         "FaithDiffSampler",
