@@ -1,0 +1,6 @@
+"""Speed and memory of FaithDiff beside its peers: `python -m benchmarks --quick`.
+
+Everything runs on random weights, in the published sizes unless a row says otherwise. A comparison's two sides
+alternate within one run, so that what else the machine does meets both; what counts is the ratio. See
+docs/performance.md.
+"""

@@ -1,0 +1,56 @@
+"""All rows, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from . import rows_core, rows_engine, rows_files, rows_host
+from .results import Result
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the benchmark, which may give several lines.
+
+    Attributes:
+        name: what `--rows` takes.
+        about: one sentence.
+        run: gives the lines.
+        group: rows of one group share models, which are let go of after its last row.
+    """
+
+    name: str
+    about: str
+    run: Callable[[Settings], Iterator[Result]]
+    group: str = ""
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether it can be run only where ComfyUI is."""
+        return self.group == "host"
+
+
+ROWS = (
+    Row("floor", "operations and weights, counted", rows_core.floor),
+    Row("alignment", "our alignment against the published formulation", rows_core.alignment),
+    Row("alignment-share", "our alignment against the U-Net call it joins", rows_core.unet_share, "diffusers"),
+    Row("tiles", "crop, merge and condition a tile; tiles in batches", rows_core.tiles, "diffusers"),
+    Row("engine", "the engine against plain SDXL; peaks", rows_engine.restoration, "diffusers"),
+    Row("published-loop", "the engine's loop against the published one", rows_engine.published_loop, "diffusers"),
+    Row("import", "start-up", rows_files.start),
+    Row("files", "loading and converting against reading and copying", rows_files.files),
+    Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),
+    Row("nodes-tiled", "tiles through the nodes against untiled steps", rows_host.tiled, "host"),
+    Row("supir", "the nodes against ComfyUI's SUPIR", rows_host.supir, "host"),
+    Row("vae", "LQ encode and tiled decode against ComfyUI's tiled functions", rows_host.vae, "host"),
+)
+
+
+def release(group: str) -> None:
+    """Let go of a group's models."""
+    if group == "diffusers":
+        rows_core.shared_unet.cache_clear()
+    elif group == "host":
+        rows_host.release()

@@ -1,0 +1,161 @@
+"""Rows about starting up: importing, loading and converting."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from faithdiff_core.convert import convert
+from faithdiff_core.unet_layout import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, SDXL_DEPTHS, UNetConfig
+from faithdiff_core.weights import ENCODER_PREFIX, read_faithdiff
+
+from . import models
+from .host import REPO, find_host
+from .measure import Spread, interleaved
+from .results import Result, Target, missing
+from .settings import Settings
+
+_BLOCK = 2**24
+
+PUBLISHED_UNET = UNetConfig(SDXL_CHANNELS, 2, SDXL_DEPTHS, 10, SDXL_CROSS_ATTENTION, 2816)
+SMALL_UNET = replace(PUBLISHED_UNET, transformer_depths=(0, 1, 1), mid_depth=1)
+"""The same with one transformer block an attention: a third of the bytes."""
+
+_IMPORT_CORE = """
+import sys, time
+sys.path.insert(0, {repo!r})
+import torch
+s = time.{clock}()
+import faithdiff_core
+"""
+_IMPORT_PACK = """
+import asyncio, importlib, importlib.util, sys, time
+sys.path.insert(0, {host!r})
+import torch
+from comfy.cli_args import args
+args.cpu = not torch.cuda.is_available()
+args.disable_api_nodes = True
+args.base_directory = {base!r}
+import nodes
+asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+s = time.{clock}()
+spec = importlib.util.spec_from_file_location("faithdiff_pack", {init!r}, submodule_search_locations=[{repo!r}])
+pack = importlib.util.module_from_spec(spec)
+sys.modules["faithdiff_pack"] = pack
+spec.loader.exec_module(pack)
+async def load():
+    extension = await pack.comfy_entrypoint()
+    await extension.on_load()
+    for node in await extension.get_node_list():
+        node.GET_SCHEMA()
+asyncio.run(load())
+"""
+_REPORT = "print('seconds', time.{clock}() - s)"
+
+
+def _import_seconds(settings: Settings, script: str, **values: str) -> Spread:
+    clock = "process_time" if settings.clock == "cpu" else "perf_counter"
+    text = (script + _REPORT).format(clock=clock, **values)
+    seconds = []
+    # The first run writes the bytecode.
+    for _ in range(settings.repeats + 1):
+        done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout.split("seconds ")[-1]))
+    return Spread(tuple(seconds[1:]))
+
+
+def start(settings: Settings) -> Iterator[Result]:
+    """Importing the core package and the node pack."""
+    core = _import_seconds(settings, _IMPORT_CORE, repo=str(REPO))
+    yield Result("import", "faithdiff_core, torch being there", "s", core, target=Target("<=", 0.5))
+    host = find_host()
+    target = Target("<=", 0.15)
+    if host is None:
+        yield missing("import", "the pack into a running ComfyUI", "no ComfyUI found; set COMFYUI_PATH", target)
+        return
+    with tempfile.TemporaryDirectory() as base:
+        pack = _import_seconds(
+            settings, _IMPORT_PACK, host=str(host), base=base, repo=str(REPO), init=str(REPO / "__init__.py")
+        )
+    yield Result("import", "the pack into a running ComfyUI, with all schemas", "s", pack, target=target)
+
+
+def files(settings: Settings) -> Iterator[Result]:
+    """Loading against reading, and converting against copying."""
+    unet = SMALL_UNET if settings.quick else PUBLISHED_UNET
+    # Files are a matter of the disk, not of the processor's time.
+    settings = replace(settings, clock="wall", repeats=min(settings.repeats, 3))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = write_faithdiff(folder / "FaithDiff.safetensors", unet)
+        size = source.stat().st_size
+        note = "" if unet is PUBLISHED_UNET else "one transformer block for each of SDXL's ten"
+        case = f"{size / 1e9:.1f} GB fp32, file in the page cache"
+
+        def load() -> None:
+            weights = read_faithdiff(source)
+            for part in weights.parts.values():
+                for key in list(part):
+                    part.pop(key).to(settings.device, torch.float16)
+
+        times = interleaved(settings, {"ours": load, "read": lambda: _read(source)})
+        yield _rates("files", f"load to fp16, {case}", times["ours"], times["read"], size, "plain read", None, note)
+
+        def copy() -> None:
+            shutil.copyfile(source, folder / "copy")
+            with (folder / "copy").open("rb+") as file:
+                os.fsync(file.fileno())
+
+        times = interleaved(settings, {"ours": lambda: convert(source, folder / "out", force=True), "copy": copy})
+        target = Target(">=", 0.6)
+        both = times["ours"], times["copy"]
+        yield _rates("files", f"convert to fp16, {case}", *both, size, "plain copy", target, note)
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(_BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def _rates(
+    row: str, case: str, ours: Spread, peer: Spread, size: int, peer_name: str, target: Target | None, note: str
+) -> Result:
+    mine, other = (Spread(tuple(size / 1e9 / value for value in side.values)) for side in (ours, peer))
+    return Result(row, case, "GB/s", mine, other, peer_name, mine.over(other), "speed", target, note)
+
+
+def write_faithdiff(path: Path, unet: UNetConfig | None) -> Path:
+    """Write a file with the published names, random values and fp32, with a U-Net or, for an adapter, without."""
+    from safetensors.torch import save_file
+
+    shapes: dict[str, tuple[int, ...]] = dict(unet.shapes()) if unet is not None else {}
+    encoder = models.lq_encoder(torch.device("meta"), torch.float32)
+    shapes |= {ENCODER_PREFIX + key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    shapes |= models.ALIGNMENT.published_shapes()
+    save_file({key: _values(key, shape) for key, shape in shapes.items()}, str(path))
+    return path
+
+
+def _values(key: str, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) < 2:
+        norm = "norm" in key or ".ln_" in key
+        return torch.ones(shape) if norm and key.endswith("weight") else torch.zeros(shape)
+    value = torch.empty(shape)
+    flat = value.view(-1)
+    pool = torch.randn(min(flat.numel(), 2**20), generator=torch.Generator().manual_seed(0))
+    pool /= value[0].numel() ** 0.5
+    for begin in range(0, flat.numel(), len(pool)):
+        part = flat[begin : begin + len(pool)]
+        part.copy_(pool[: part.numel()])
+    return value

@@ -1,0 +1,60 @@
+"""What a run of the benchmarks was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SCALE = 8
+"""Pixels per latent unit."""
+
+PUBLISHED_SIZE = 1024
+"""Pixels per side at which the published figures were taken, and the tile side."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings that all rows share.
+
+    Attributes:
+        device: `cpu`, `cuda` or `mps`.
+        dtype: what the models compute in.
+        sizes: picture sides in pixels, multiples of 8.
+        steps: sampling steps.
+        repeats: how often each side of a comparison is measured, after one warm-up.
+        quick: reduced sizes, for a run of a few minutes.
+        clock: `wall`, or `cpu` for the processor time of this process: on a processor that others use too, this is
+            what is left of the difference.
+        say: takes lines about the progress.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+    steps: int
+    repeats: int
+    quick: bool
+    clock: str
+    say: Callable[[str], None]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a processor does all the work."""
+        return self.device.type == "cpu"
+
+    @property
+    def loop_sizes(self) -> tuple[int, ...]:
+        """Sizes for rows that sample: a quick run has time for half a side."""
+        return (self.sizes[0] // 2,) if self.quick and self.on_cpu else self.sizes
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as `bf16`."""
+        return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """What VAE and LQ encoder compute in: their activations overflow fp16."""
+        return torch.bfloat16 if self.dtype is torch.float16 else self.dtype

@@ -1,0 +1,190 @@
+"""What a training configuration says, with the paper's figures as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..errors import SettingsError
+from .degradation import DegradationConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from, and what is made of them.
+
+    Attributes:
+        folder: high-quality pictures, sub-folders included.
+        lq_folder: their low-quality partners under the same names (any suffix), for given pairs.
+        huggingface: instead of a folder, a data set of the `datasets` library: a folder that `save_to_disk` wrote,
+        or a name. split, image_column, caption_column: where in that data set things are.
+        captions: `text` (NAME.txt), `json` (NAME.json, key `caption`), `auto` (either), or `none` (all empty).
+        on_bad: `raise` stops before training and names what is bad; `skip` leaves it out and says how many.
+        check: decode every picture before training starts. Without it only names and captions are looked at.
+        size: side of the square crops in pixels, a multiple of 8.
+        flip: mirror half of the crops.
+        degradation: how low-quality pictures are made; unused with `lq_folder`.
+    """
+
+    folder: Path | None = None
+    lq_folder: Path | None = None
+    huggingface: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "caption"
+    captions: Literal["auto", "text", "json", "none"] = "auto"
+    on_bad: Literal["raise", "skip"] = "raise"
+    check: bool = True
+    size: int = 512
+    flip: bool = True
+    degradation: DegradationConfig = field(default_factory=DegradationConfig)
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) == (self.huggingface is None):
+            raise SettingsError("give either `folder` or `huggingface`, not both and not neither.")
+        if self.lq_folder is not None and self.folder is None:
+            raise SettingsError("`lq_folder` holds the partners of the pictures in `folder`; give both.")
+        if self.size % 8 or self.size < 32:
+            raise SettingsError(f"size must be a multiple of 8 of at least 32 pixels, got {self.size}.")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of Algorithm 1.
+
+    Attributes:
+        stage: 1 trains the alignment parts alone; 2 the LQ encoder, the U-Net and the alignment jointly.
+        steps: number of optimiser steps.
+        learning_rate: of the alignment, and in stage 2 of the U-Net (or its LoRA).
+        lq_learning_rate: of the LQ encoder, in stage 2.
+        warmup: steps over which the rates rise; then they fall along a cosine.
+    """
+
+    stage: Literal[1, 2]
+    steps: int
+    learning_rate: float = 5e-5
+    lq_learning_rate: float = 5e-6
+    warmup: int = 300
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.warmup < 0:
+            raise SettingsError(f"steps must be 1 or more and warmup 0 or more, got {self.steps} and {self.warmup}.")
+        if self.learning_rate < 0 or self.lq_learning_rate < 0:
+            raise SettingsError("learning rates must not be negative.")
+
+
+PAPER_STAGES = (StageConfig(1, 6000), StageConfig(2, 40000))
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA on the U-Net's attention instead of training all of it.
+
+    Attributes:
+        rank: of the update matrices.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the update's input.
+        targets: the ends of the names of the layers that get one.
+    """
+
+    rank: int = 64
+    alpha: float = 64.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1:
+            raise SettingsError(
+                f"LoRA rank must be 1 or more and dropout 0 to below 1, got {self.rank}, {self.dropout}."
+            )
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Sample pictures during training.
+
+    Attributes:
+        folder: high-quality pictures; each is cropped at the centre and degraded with a seed of its own.
+        every: steps between two samplings.
+        count: how many of the pictures.
+        steps: Euler steps of a sampling.
+    """
+
+    folder: Path
+    every: int = 1000
+    count: int = 4
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.count, self.steps) < 1:
+            raise SettingsError("every, count and steps must be 1 or more.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        base: an SDXL model as a diffusers folder (unet, vae, text encoders, tokenizers).
+        output: folder for checkpoints, logs, samples and the finished files.
+        data: the training pictures.
+        init: a FaithDiff file to go on from (full or adapter); without it, the LQ encoder is copied from the VAE's.
+        stages: what is trained, in this order.
+        batch: pictures on each device at a time; the published total is 256.
+        draws: time steps and noises drawn for each picture of a batch, spread over the schedule; more than the
+            published 1 give a steadier gradient for little, where encoding pictures is what costs.
+        accumulate: batches whose gradients are added up for one step.
+        workers: processes that make samples; 0 makes them in the training process.
+        seed: of everything that is drawn.
+        precision: of the computation; parameters stay in float32.
+        save_precision: of the finished files.
+        noise_offset: standard deviation of a constant that is added to the noise of each channel.
+        text_dropout: how often a caption is replaced with the empty one.
+        weight_decay, clip: AdamW's decay, and the norm that gradients are clipped to.
+        ema: decay of the averaged weights, which are what is finished and sampled; 0 turns averaging off.
+        gradient_checkpointing: compute U-Net activations twice instead of keeping them.
+        lora: train LoRA instead of the whole U-Net in stage 2.
+        checkpoint_every, keep: steps between checkpoints, and how many of them stay.
+        resume: go on from the newest checkpoint in `output`, if there is one.
+        log_every: steps between two log lines; `tensorboard` writes them for TensorBoard too.
+        validation: sample pictures during training.
+    """
+
+    base: Path
+    output: Path
+    data: DataConfig
+    init: Path | None = None
+    stages: tuple[StageConfig, ...] = PAPER_STAGES
+    batch: int = 8
+    draws: int = 1
+    accumulate: int = 1
+    workers: int = 4
+    seed: int = 0
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    save_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    noise_offset: float = 0.02
+    text_dropout: float = 0.2
+    weight_decay: float = 1e-2
+    clip: float = 1.0
+    ema: float = 0.9999
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    checkpoint_every: int = 1000
+    keep: int = 2
+    resume: bool = True
+    log_every: int = 10
+    tensorboard: bool = True
+    validation: ValidationConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise SettingsError("stages must name at least one stage.")
+        for name in ("batch", "draws", "accumulate", "checkpoint_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.workers < 0:
+            raise SettingsError(f"workers must be 0 or more, got {self.workers}.")
+        for name in ("text_dropout", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")

@@ -1,0 +1,308 @@
+"""The model in training: U-Net, LQ encoder and alignment as one module, and the frozen parts around them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..alignment import Alignment, AlignmentConfig, published_state
+from ..engine.sampling import AlignmentHook
+from ..errors import MissingPackageError, SettingsError, WeightsError
+from ..lq_encoder import LQEncoder, LQEncoderConfig
+from ..weights import ENCODER_PREFIX, read_faithdiff
+from .config import LoraConfig, StageConfig
+
+CAPTIONS_KEPT = 4096
+"""How many encoded captions are kept; a data set with more of them encodes the others anew."""
+
+logger = logging.getLogger(__name__)
+
+
+class FaithDiffModel(nn.Module):
+    """Everything that learns, as one module, so that any wrapper of distributed training sees one forward pass.
+
+    Args:
+        unet: a diffusers U-Net with SDXL's architecture.
+        lq_encoder: reads the low-quality picture.
+        alignment: unfolded, joins the two.
+    """
+
+    unet: Any
+
+    def __init__(self, unet: nn.Module, lq_encoder: LQEncoder, alignment: Alignment) -> None:
+        super().__init__()
+        if alignment.folded:
+            raise SettingsError("Training needs an alignment built with folded=False.")
+        self.unet, self.lq_encoder, self.alignment = unet, lq_encoder, alignment
+
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, time_ids: Tensor, lq: Tensor | None
+    ) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            noisy: latents with noise, scaled to unit variance as the U-Net takes them, (B, 4, h, w).
+            timesteps: (B,), 0 to 999.
+            context: text embeddings, (B, tokens, cross_attention_dim).
+            pooled: pooled text embeddings, (B, width).
+            time_ids: SDXL's six numbers on size and crop, (B, 6).
+            lq: low-quality pictures in [-1, 1], (B, 3, 8 h, 8 w), or one for every few rows of the others; None leaves
+                the alignment out.
+
+        Returns:
+            (B, 4, h, w).
+        """
+        hook = AlignmentHook(self.alignment, strength=0.0 if lq is None else 1.0)
+        with hook.on(self.unet):
+            if lq is not None:
+                condition = self.alignment.embed(self.lq_encoder(lq))
+                hook.condition = condition.repeat_interleave(len(noisy) // len(lq), dim=0)
+            predicted: Tensor = self.unet(
+                noisy,
+                timesteps,
+                encoder_hidden_states=context,
+                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
+            ).sample
+        return predicted
+
+    def select(self, stage: StageConfig, lora: bool) -> list[dict[str, Any]]:
+        """Freeze and thaw parameters for a stage, and group those that learn for the optimiser.
+
+        Args:
+            stage: 1 thaws the alignment; 2 the LQ encoder and the U-Net (or its LoRA) too.
+            lora: whether the U-Net's own weights stay frozen.
+        """
+        self.requires_grad_(False)
+        self.alignment.requires_grad_(True)
+        if stage.stage == 1:
+            return [{"params": list(self.alignment.parameters()), "lr": stage.learning_rate}]
+        self.lq_encoder.requires_grad_(True)
+        if lora:
+            for name, parameter in self.unet.named_parameters():
+                parameter.requires_grad_("lora_" in name)
+        else:
+            self.unet.requires_grad_(True)
+        unet = [p for p in self.unet.parameters() if p.requires_grad]
+        return [
+            {"params": [*self.alignment.parameters(), *unet], "lr": stage.learning_rate},
+            {"params": list(self.lq_encoder.parameters()), "lr": stage.lq_learning_rate},
+        ]
+
+    def published(self, *, adapter_only: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The state dict of a FaithDiff file; a LoRA is added to the weights that it belongs to.
+
+        Args:
+            adapter_only: leave the U-Net out.
+            dtype: of the tensors.
+        """
+        state = {} if adapter_only else merged_unet_state(self.unet)
+        state |= {ENCODER_PREFIX + key: value for key, value in self.lq_encoder.state_dict().items()}
+        state |= published_state(self.alignment)
+        return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
+
+
+def merged_unet_state(unet: nn.Module) -> dict[str, Tensor]:
+    """A U-Net's state dict under diffusers' names, LoRA updates added in."""
+    state: dict[str, Tensor] = {}
+    for key, value in unet.state_dict().items():
+        if "lora_" not in key:
+            state[key.replace(".base_layer.", ".")] = value
+    for name, module in unet.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
+            key = name + ".weight"
+            for adapter in module.active_adapters:
+                state[key] = state[key] + module.get_delta_weight(adapter).to(state[key])
+    return state
+
+
+def add_lora(unet: Any, config: LoraConfig) -> None:
+    """Put LoRA layers into a diffusers U-Net.
+
+    Raises:
+        MissingPackageError: peft is not installed.
+        SettingsError: no layer's name ends as configured.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackageError("LoRA needs peft; install the extra `faithdiff[train]`.") from error
+    try:
+        unet.add_adapter(
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=list(config.targets),
+                init_lora_weights="gaussian",
+            )
+        )
+    except ValueError as error:
+        raise SettingsError(f"lora.targets: {error}") from error
+
+
+def lq_encoder_from_vae(vae_state: Mapping[str, Tensor]) -> LQEncoder:
+    """An LQ encoder that starts as a copy of a VAE's encoder (Algorithm 1).
+
+    Args:
+        vae_state: a diffusers VAE's state dict.
+
+    Raises:
+        WeightsError: it is not a VAE of SDXL's architecture.
+    """
+    prefix = "encoder."
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in vae_state.items()
+        if key.startswith(prefix) and not key.startswith(("encoder.conv_norm_out.", "encoder.conv_out."))
+    }
+    try:
+        module = LQEncoder(LQEncoderConfig.from_state_dict(state))
+        module.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(f"The LQ encoder cannot start from this VAE; its encoder is not SDXL's: {error}") from error
+    return module
+
+
+def new_alignment(feature_channels: int, unet_channels: int) -> Alignment:
+    """An alignment that does nothing yet: the last layers of the embedding and of the whole are zero.
+
+    Args:
+        feature_channels: of the LQ encoder.
+        unet_channels: after the U-Net's first convolution.
+    """
+    config = AlignmentConfig(
+        feature_channels=feature_channels,
+        condition_channels=unet_channels,
+        unet_channels=unet_channels,
+        mlp_channels=4 * unet_channels,
+        layers=2,
+    )
+    alignment = Alignment(config, folded=False)
+    for layer in (alignment.condition_embedding.conv_out, alignment.proj):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return alignment
+
+
+@dataclass
+class Frozen:
+    """The parts of the base model that never learn.
+
+    Attributes:
+        pipeline: a diffusers SDXL pipeline, for its text encoders.
+        vae: its VAE.
+    """
+
+    pipeline: Any
+    vae: Any
+
+    def __post_init__(self) -> None:
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        for module in (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            module.requires_grad_(False).eval()
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to a device."""
+        for module in (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            module.to(device)
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def latent_scale(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def latents(self, pixels: Tensor, posterior: Tensor) -> Tensor:
+        """Sample VAE latents, times the scaling factor.
+
+        Args:
+            pixels: (B, 3, H, W) in [-1, 1].
+            posterior: standard normal numbers of the latents' shape.
+        """
+        distribution = self.vae.encode(pixels).latent_dist
+        return (distribution.mean + distribution.std * posterior) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents to pixels in [-1, 1]."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+
+    @torch.no_grad()
+    def encode_texts(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Text embeddings and pooled embeddings of captions, (B, tokens, dim) and (B, width)."""
+        fresh = dict(self._texts)
+        for caption in dict.fromkeys(captions):
+            # One by one: in a batch, the last digits would depend on what else is in it, and so on where a run was
+            # resumed.
+            if caption not in fresh:
+                context, _, pooled, _ = self.pipeline.encode_prompt(
+                    caption, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+                )
+                fresh[caption] = (context[0].cpu(), pooled[0].cpu())
+        if len(fresh) <= CAPTIONS_KEPT:
+            self._texts = fresh
+        pairs = [fresh[c] for c in captions]
+        return torch.stack([p[0] for p in pairs]).to(device), torch.stack([p[1] for p in pairs]).to(device)
+
+
+def load_models(base: Path, init: Path | None) -> tuple[FaithDiffModel, Frozen]:
+    """Read the base model and what training starts from.
+
+    Args:
+        base: an SDXL model as a diffusers folder.
+        init: a FaithDiff file to go on from, or None for the start of Algorithm 1.
+
+    Raises:
+        MissingPackageError: diffusers or transformers are not installed.
+        WeightsError: the folder or the file is not what it should be.
+    """
+    try:
+        from diffusers import StableDiffusionXLPipeline
+    except ImportError as error:
+        raise MissingPackageError(
+            "Training needs diffusers and transformers; install the extra `faithdiff[train]`."
+        ) from error
+    if not (base / "model_index.json").is_file():
+        raise WeightsError(
+            f"{base} is not a diffusers folder (it has no model_index.json). Give the folder of an SDXL model."
+        )
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            str(base), torch_dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{base} cannot be loaded as an SDXL model: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    lq_encoder = lq_encoder_from_vae(pipeline.vae.state_dict())
+    unet = pipeline.unet
+    alignment = new_alignment(lq_encoder.config.feature_channels, unet.config.block_out_channels[0])
+    if init is not None:
+        weights = read_faithdiff(init)
+        lq_encoder = weights.build_lq_encoder(torch.float32)
+        alignment = weights.build_alignment(torch.float32, folded=False)
+        if weights.unet is not None:
+            try:
+                unet.load_state_dict(weights.unet)
+            except RuntimeError as error:
+                raise WeightsError(f"{init}: its U-Net does not fit the one in {base}: {error}") from error
+    pipeline.unet = None
+    return FaithDiffModel(unet.train(), lq_encoder.train(), alignment.train()), Frozen(pipeline, pipeline.vae)
+
+
+def time_ids(batch: int, size: int, device: torch.device) -> Tensor:
+    """SDXL's micro-conditioning of square crops: original size, crop position 0, target size; (batch, 6)."""
+    return torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(batch, -1)
+
+
+def trainable(module: nn.Module) -> Iterable[nn.Parameter]:
+    """The parameters that learn."""
+    return (p for p in module.parameters() if p.requires_grad)
