@@ -78,7 +78,9 @@ def generated_picture(seed: int) -> Image.Image:
         angle, wave = rng.uniform(0, np.pi), rng.uniform(6, 40)
         stripes = 0.5 + 0.5 * np.sin(2 * np.pi * wave * (x * np.cos(angle) + y * np.sin(angle)))
         canvas = canvas * (0.6 + 0.4 * stripes[..., None])
-    big = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8)).resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
+    big = Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8)).resize(
+        (2 * side, 2 * side), Image.Resampling.BICUBIC
+    )
     draw = ImageDraw.Draw(big)
     for _ in range(int(rng.integers(2, 14))):
         _shape(draw, rng, 2 * side)
@@ -96,7 +98,9 @@ def _texture(rng: np.random.Generator, side: int, smoothness: float) -> np.ndarr
     """Coloured noise with a power law spectrum, like that of natural pictures, (side, side, 3) in [0, 1]."""
     fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
     amplitude = 1 / np.maximum(np.hypot(fy, fx), 1 / side) ** smoothness
-    planes = [np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) * amplitude, (side, side)) for _ in range(3)]
+    planes = [
+        np.fft.irfft2(np.fft.rfft2(rng.standard_normal((side, side))) * amplitude, (side, side)) for _ in range(3)
+    ]
     planes = [(p - p.mean()) / p.std() for p in planes]
     luminance = planes[0]
     # Channels of natural pictures go together, so the planes are mixed with a common one.

@@ -1,0 +1,101 @@
+"""The held-out photographs, degraded and restored: the table of docs/demo_model.md.
+
+`python demo/held_out.py` writes the table to standard output, and the pictures to a folder if one is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from faithdiff_core.evaluate import psnr, ssim
+from faithdiff_core.training.data import enlarge, open_picture
+from faithdiff_core.training.degradation import DegradationConfig, degrade, to_picture, to_tensor
+from faithdiff_core.training.settings import build, read_yaml
+
+HERE = Path(__file__).resolve().parent
+
+HELD_OUT = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
+"""Photographs of scikit-image that training never sees (demo/model.yaml)."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out photograph: the original, the low-quality one, and that one enlarged by Lanczos."""
+
+    name: str
+    original: Image.Image
+    low: Image.Image
+    lanczos: Image.Image
+
+    def scores(self, result: Image.Image) -> tuple[float, float]:
+        """PSNR in dB and SSIM of a result."""
+        pixels, truth = np.asarray(result), np.asarray(self.original)
+        return psnr(pixels, truth), ssim(pixels, truth)
+
+
+def held_out(names: tuple[str, ...] = HELD_OUT) -> Iterator[HeldOut]:
+    """Read the photographs and degrade them as `degrade --config demo/degradation.yaml` does."""
+    import skimage
+
+    config = build(DegradationConfig, read_yaml(HERE / "degradation.yaml"))
+    for name in names:
+        picture = open_picture(Path(skimage.__file__).parent / "data" / name)
+        whole = tuple(side // config.scale * config.scale for side in picture.size)
+        picture = picture.crop((0, 0, *whole))
+        stem = Path(name).stem
+        low = degrade(picture, config, np.random.default_rng([0, *stem.encode()]))
+        yield HeldOut(stem, picture, low, enlarge(low, picture.size))
+
+
+def load_pipeline() -> Any:
+    """The demo model in the engine."""
+    from faithdiff_core.engine import FaithDiffPipeline
+
+    model = HERE / "model"
+    return FaithDiffPipeline.from_files(model, model / "faithdiff.safetensors", dtype="fp32")
+
+
+def restore(pipeline: Any, low: Image.Image, **changes: Any) -> Image.Image:
+    """Restore a picture with the settings of demo/restore.yaml, or changed ones."""
+    settings = read_yaml(HERE / "restore.yaml") | changes
+    return to_picture(pipeline(to_tensor(low)[None], **settings)[0])
+
+
+def main() -> int:
+    """Write the table."""
+    parser = argparse.ArgumentParser(description="Score the demo model on the held-out photographs.")
+    parser.add_argument("-o", "--output", type=Path, help="folder for the pictures: low quality | restored | original")
+    args = parser.parse_args()
+    pipeline = load_pipeline()
+    rows = []
+    sys.stdout.write(
+        "| photograph | Lanczos PSNR | restored PSNR | Lanczos SSIM | restored SSIM |\n|---|---|---|---|---|\n"
+    )
+    for photograph in held_out():
+        result = restore(pipeline, photograph.low)
+        before, after = photograph.scores(photograph.lanczos), photograph.scores(result)
+        rows.append((before[0], after[0], before[1], after[1]))
+        sys.stdout.write(_row(photograph.name, rows[-1]))
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            three = [np.asarray(p) for p in (photograph.lanczos, result, photograph.original)]
+            Image.fromarray(np.concatenate(three, axis=1)).save(args.output / f"{photograph.name}.jpg", quality=88)
+    means = np.mean(rows, axis=0)
+    sys.stdout.write(_row("mean", (means[0], means[1], means[2], means[3])))
+    return 0
+
+
+def _row(name: str, values: tuple[float, float, float, float]) -> str:
+    return f"| {name} | {values[0]:.2f} | {values[1]:.2f} | {values[2]:.3f} | {values[3]:.3f} |\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
