@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness import GOLDEN, Host
 from safetensors.torch import load_file
 from torch import Tensor
 
 from faithdiff_core import tiled_vae
 from faithdiff_core.tiled_vae import decode_tiled, parts_from_ldm
 
-HOST = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-if not (HOST / "comfy" / "sd.py").is_file():
-    pytest.skip(f"No ComfyUI at {HOST}: set COMFYUI_PATH to run the host tests.", allow_module_level=True)
-if str(HOST) not in sys.path:
-    sys.path.insert(0, str(HOST))
-
-from comfy.cli_args import args  # noqa: E402
-
-args.cpu = True
-
-import comfy.ops  # noqa: E402
-import comfy.sd  # noqa: E402
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-
 
 @pytest.fixture(scope="module")
-def vae() -> Any:
+def vae(host: Host) -> Any:
+    import comfy.sd
+
     config = json.loads((GOLDEN / "manifest.json").read_text())["vae"]
     channels = config["block_out_channels"]
     ddconfig = {
@@ -80,6 +66,8 @@ def test_one_tile_is_the_hosts_decode(vae: Any, latent: Tensor) -> None:
 
 def test_layers_that_cast_their_weights(vae: Any, latent: Tensor) -> None:
     """With the weights kept in bfloat16 and cast when a layer is called, which layers must be asked for."""
+    import comfy.ops
+
     model = vae.first_stage_model
     norms = [module for module in model.decoder.modules() if isinstance(module, torch.nn.GroupNorm)]
     casting = [module for module in model.modules() if isinstance(module, comfy.ops.CastWeightBiasOp)]
