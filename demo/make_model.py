@@ -2,7 +2,7 @@
 
 Steps, each skipped if its result is in the work folder already:
   1. pictures: photographs of installed packages and generated pictures, with captions, into WORK/pictures;
-  2. vae: a small VAE, trained to reproduce crops;
+  2. vae: a small VAE, trained to reproduce crops, and its decoder for longer;
   3. base: text encoders with fixed random weights, and a small SDXL U-Net, trained on the pictures' latents;
   4. train: stages 1 and 2 with `faithdiff_core.training`, as demo/train.yaml has it;
   5. model: everything in half precision into demo/model.
@@ -82,9 +82,8 @@ def fit(
     Returns:
         (step, mean loss since the last entry) every 100 steps.
     """
-    optimizer = torch.optim.AdamW(
-        module.parameters(), lr=settings["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0
-    )
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], betas=(0.9, 0.99), weight_decay=0.0)
     steps = settings["steps"]
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1, (s + 1) / 50) * (0.51 + 0.49 * math.cos(math.pi * s / steps))
@@ -94,7 +93,7 @@ def fit(
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         recent.append(float(loss.detach()))
@@ -133,14 +132,43 @@ def make_vae(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -
         with precision(settings):
             posterior = vae.encode(pixels).latent_dist
             result = vae.decode(posterior.sample()).sample.float()
-        # The lowest frequencies come from the low-quality picture in the wavelet colour correction, and would be lost:
-        # at 32 channels, the decoder's last norm has one channel in each group, and takes away its mean.
-        error = wavelet(result, pixels) - pixels
-        plain = (result - pixels).abs().mean()
-        return error.abs().mean() + 3 * error.square().mean() + 0.05 * plain + settings["kl"] * posterior.kl().mean()
+        return reconstruction_loss(result, pixels) + settings["kl"] * posterior.kl().mean()
 
     log = fit(vae, settings, loss_of, "vae")
     whiten(vae, torch.cat([next(source) for _ in range(32)]))
+    vae.save_pretrained(folder)
+    return log
+
+
+def reconstruction_loss(result: Tensor, pixels: Tensor) -> Tensor:
+    """Absolute and squared error of everything but the lowest frequencies, and a little of those.
+
+    The lowest frequencies come from the low-quality picture in the wavelet colour correction, and would be lost: at 32
+    channels, the decoder's last norm has one channel in each group, and takes away its mean.
+    """
+    error = wavelet(result, pixels) - pixels
+    return error.abs().mean() + 3 * error.square().mean() + 0.05 * (result - pixels).abs().mean()
+
+
+def refine_decoder(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -> list[tuple[int, float]]:
+    """Train the VAE's decoder on, with a little noise such as sampling leaves; the latents stay as they are."""
+    from diffusers import AutoencoderKL
+
+    settings = config["vae"]
+    vae = AutoencoderKL.from_pretrained(folder)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    source = crops(pictures, settings["crop"], settings["batch"], config["seed"] + 77)
+
+    def loss_of() -> Tensor:
+        pixels = next(source)
+        with precision(settings):
+            with torch.no_grad():
+                mean = vae.encode(pixels).latent_dist.mean.float()
+            result = vae.decode(mean + 0.05 / LATENT_FACTOR * torch.randn_like(mean)).sample.float()
+        return reconstruction_loss(result, pixels)
+
+    log = fit(vae, settings["decoder"], loss_of, "decoder")
     vae.save_pretrained(folder)
     return log
 
@@ -299,6 +327,12 @@ def assemble(base: Path, trained: Path, folder: Path, config: dict[str, Any], lo
     pipeline.save_pretrained(folder)
     shutil.copy(trained, folder / "faithdiff.safetensors")
     (folder / "training_log.json").write_text(json.dumps({"config": config, **logs}, indent=1))
+    for file in folder.rglob("*.json"):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None):  # where it lay on this machine
+            file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     logger.info("%s: %.2f MB", folder, size / 1e6)
 
@@ -331,6 +365,7 @@ def main() -> int:
         return {f.stem: np.asarray(open_picture(f)) for f in list_pictures(work / "pictures")}
 
     logs = {"vae": logged("vae", lambda: make_vae(config, list(arrays().values()), work / "vae"))}
+    logs["decoder"] = logged("decoder", lambda: refine_decoder(config, list(arrays().values()), work / "vae"))
     logs["unet"] = logged("base", lambda: make_base(config, arrays(), work / "vae", work / "base"))
     settings = read_config(args.train)
     settings = dataclasses.replace(
