@@ -9,6 +9,7 @@ from .bridge.captioner import register_folder as register_captioner_folder
 from .captioner import FaithDiffCaption
 from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
+from .demo import FaithDiffDemoModels
 from .loader import FaithDiffModelLoader, register_folder
 from .lq_encode import FaithDiffLQEncode
 from .pictures import FaithDiffFinishImage, FaithDiffPrepareImage
@@ -38,4 +39,5 @@ class FaithDiffExtension(ComfyExtension):
             FaithDiffTrimCaption,
             FaithDiffCaption,
             FaithDiffCompare,
+            FaithDiffDemoModels,
         ]

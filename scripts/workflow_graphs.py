@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+DEMO_SETTINGS = Path(__file__).resolve().parent.parent / "demo" / "restore.yaml"
+"""Read, so that the demo workflow restores as the engine's demo does."""
 
 CHECKPOINT = "RealVisXL_V4.0.safetensors"
 FAITHDIFF = "FaithDiff.bin"
@@ -363,6 +369,42 @@ def faithdiff_controlnet() -> Graph:
     )
 
 
+def faithdiff_demo() -> Graph:
+    """The small model that comes with the pack, with the settings it is demonstrated with (demo/restore.yaml)."""
+    settings = yaml.safe_load(DEMO_SETTINGS.read_text(encoding="utf-8"))
+    nodes = restoration()
+    del nodes["checkpoint"], nodes["loader"]
+    nodes["models"] = Node("FaithDiffDemoModels", {}, (0, 420))
+    outputs = {Link("loader"): 0, Link("checkpoint", 1): 1, Link("checkpoint", 2): 2, Link("loader", 1): 3}
+    for node in nodes.values():
+        for name, value in node.inputs.items():
+            if value in outputs:
+                node.inputs[name] = Link("models", outputs[value])
+    nodes["prepare"].inputs["scale_by"] = float(settings["scale"])
+    nodes["positive"].inputs["text"] = settings.get("prompt", "")
+    nodes["negative"].inputs["text"] = settings.get("negative_prompt", "")
+    nodes["sampler"].inputs |= {
+        "seed": settings["seed"],
+        "steps": settings["steps"],
+        "cfg": settings["cfg"],
+        "start_point": settings["start"],
+        "tile_size": settings["tile"],
+        "overlap": settings["overlap"],
+    }
+    nodes["finish"].inputs["color_fix"] = settings["color_fix"]
+    return Graph(
+        "faithdiff_demo",
+        "## FaithDiff without a download\n\n"
+        "A small model comes with this pack, to try the nodes out: all parts of FaithDiff, about a thousand times "
+        "smaller. It runs on any computer in seconds.\n\n"
+        "It was trained briefly, on a few dozen photographs, for one kind of damage: **half the size, slight blur, "
+        "strong noise, JPEG**. Such pictures come out cleaner; do not expect much of others, and no invented detail. "
+        "The captions of its training say no more than `A photograph.` or `A drawing.`\n\n"
+        "For results like the paper's, take *faithdiff_2x*.",
+        nodes,
+    )
+
+
 GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_2x,
     faithdiff_4x_progressive,
@@ -373,6 +415,7 @@ GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_auto_caption,
     faithdiff_other_captioner,
     faithdiff_controlnet,
+    faithdiff_demo,
 )
 """All workflows, in the order of the template browser."""
 

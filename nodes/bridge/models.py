@@ -103,10 +103,21 @@ def load_faithdiff(
         )
     else:
         model = load_unet(path, weight_dtype)
+    return model, attach_alignment(model, weights, weight_dtype)
+
+
+def attach_alignment(model: ModelPatcher, weights: FaithDiffWeights, weight_dtype: str) -> FaithDiffModel:
+    """Put the alignment onto a MODEL, in place, and make the FAITHDIFF that goes with it.
+
+    Args:
+        model: an SDXL MODEL that the file's alignment was made for.
+        weights: a file with LQ encoder and alignment.
+        weight_dtype: a key of `WEIGHT_DTYPES`.
+    """
     faithdiff = _adapter(weights, weight_dtype, model)
     set_patch(model, AlignmentPatch(faithdiff.alignment))
     install(model)
-    return model, faithdiff
+    return faithdiff
 
 
 def _adapter(weights: FaithDiffWeights, weight_dtype: str, model: ModelPatcher) -> FaithDiffModel:
