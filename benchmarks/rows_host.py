@@ -211,6 +211,18 @@ def supir(settings: Settings) -> Iterator[Result]:
         "SUPIRApply",
         target=Target("<=", 0.65),
     )
+    flops = [Spread((counts.count(works[name]) / 1e12,)) for name in ("ours", "SUPIR")]
+    yield Result(
+        "supir",
+        f"operations of sampling, {settings.steps} steps, {case}",
+        "TFLOP",
+        *flops,
+        "SUPIRApply",
+        flops[0].over(flops[1]),
+        "operations",
+        kind="counted",
+        note="below this ratio the time can hardly fall",
+    )
     weights = counts.parameter_counts()
     ours = weights["U-Net"] + weights["alignment"] + weights["LQ encoder"]
     theirs = weights["U-Net"] + counts.parameters(patch.model)
