@@ -398,7 +398,7 @@ def faithdiff_demo() -> Graph:
         "A small model comes with this pack, to try the nodes out: all parts of FaithDiff, about a thousand times "
         "smaller. It runs on any computer in seconds.\n\n"
         "It was trained briefly, on a few dozen photographs, for one kind of damage: **half the size, slight blur, "
-        "strong noise, JPEG**. Such pictures come out cleaner; do not expect much of others, and no invented detail. "
+        "strong noise, JPEG**. Such pictures come out cleaner, if softer; clean pictures come out worse. "
         "The captions of its training say no more than `A photograph.` or `A drawing.`\n\n"
         "For results like the paper's, take *faithdiff_2x*.",
         nodes,
