@@ -8,7 +8,8 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import torch
 from .settings import Settings
 
 Work = Callable[[], object]
+
+_M_MMAP_THRESHOLD = -3
+"""The option's number in malloc.h."""
 
 SAMPLING_SECONDS = 0.002
 """How often the memory of the process is looked at on a processor."""
@@ -73,11 +77,16 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def _c_library(function: str) -> Callable[..., int] | None:
+    """A function of the C library's memory management; None where it has another one than glibc's."""
+    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+
+
 def free_memory(device: torch.device) -> None:
     """Give back what nobody holds any more."""
     gc.collect()
     # The C library keeps freed blocks; a peak that fits into them would not show as growth.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = _c_library("malloc_trim")
     if trim is not None:
         trim(0)
     if device.type == "cuda":
@@ -110,6 +119,25 @@ def interleaved(settings: Settings, sides: Mapping[str, Work], repeats: int | No
     return {name: Spread(tuple(values)) for name, values in taken.items()}
 
 
+@contextmanager
+def _large_blocks_returned() -> Iterator[None]:
+    """Have the C library map every block of a megabyte on its own, which goes back to the system when it is freed.
+
+    From its heap, a freed block often cannot serve the next aligned request of the same size, and the process grows
+    by blocks that nobody holds. What counts as large is adapted by the library itself, and set by others in the
+    process, so it cannot be relied on.
+    """
+    option = _c_library("mallopt")
+    if option is not None:
+        option(_M_MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        if option is not None:
+            # As large as the library itself would let it become: mapping anew each time costs time.
+            option(_M_MMAP_THRESHOLD, 2**25)
+
+
 def peak_bytes(device: torch.device, work: Work) -> int:
     """Memory that a piece of work takes on top of what is held when it begins, at its highest point.
 
@@ -139,8 +167,9 @@ def peak_bytes(device: torch.device, work: Work) -> int:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        work()
-        highest = max(highest, read())
+        with _large_blocks_returned():
+            work()
+            highest = max(highest, read())
     finally:
         done.set()
         watcher.join()

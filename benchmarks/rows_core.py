@@ -206,7 +206,7 @@ def tiles(settings: Settings) -> Iterator[Result]:
 
 
 def _batches(settings: Settings, unet: Any, tile: int) -> Iterator[Result]:
-    batches = [n for n in TILE_BATCHES if n <= 4 or not (settings.quick and settings.on_cpu)]
+    batches = [n for n in TILE_BATCHES if n <= 2 or not (settings.quick and settings.on_cpu)]
     inputs = {n: models.unet_inputs(2 * n, tile // SCALE, settings.device, settings.dtype) for n in batches}
     with torch.inference_mode():
         works = {str(n): lambda n=n: unet(**inputs[n]) for n in batches}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,7 +225,12 @@ def test_sides_take_turns_after_a_warm_up() -> None:
 
 
 @pytest.mark.skipif(not memory_is_measured(CPU), reason="the system does not tell the process's memory")
-def test_the_peak_is_what_was_held_at_once() -> None:
+@pytest.mark.parametrize("heap_blocks", [2**20, 2**30], ids=["mapped", "from-the-heap"])
+def test_the_peak_is_what_was_held_at_once(heap_blocks: int) -> None:
+    """Whatever size of block others in this process have told the C library to take from its heap."""
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if option is not None:
+        option(-3, heap_blocks)
     mebi = 2**20
 
     def work() -> None:
