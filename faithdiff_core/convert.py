@@ -49,6 +49,11 @@ _FORMAT_NAMES = {
 _REMAP_BYTES = 512 * 2**20
 """After so many bytes the source is mapped anew: pages once read count as memory in use until their mapping ends."""
 
+_CAST_VALUES = 2**15
+"""Values that are checked and cast at a time: few enough to stay in the processor's cache from one pass to the next,
+and for torch to use one thread, which leaves the others to the hash, the slowest part.
+"""
+
 _HASH_PLACE = "0" * 64
 """Stands in the header until the source's SHA-256 is known; the digest has as many characters."""
 
@@ -119,16 +124,22 @@ def convert(
             files[name] = stack.enter_context(temporary.open("wb"))
             files[name].write(headers[name][0])
         _write_tensors(path, files, {name: layout for name, (_, layout, _) in headers.items()}, progress)
+        for file in files.values():
+            _to_disk(file)  # what takes time goes to the disk while the source is still being hashed
         sha256 = digest().encode()
         for name, file in files.items():
             file.seek(headers[name][0].index(_HASH_PLACE.encode()))
             file.write(sha256)
-            file.flush()
-            os.fsync(file.fileno())
+            _to_disk(file)
             file.close()  # Windows renames closed files only
         for name, out in paths.items():
             os.replace(files[name].name, out)
     return paths["unet"], paths["adapter"]
+
+
+def _to_disk(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -221,7 +232,8 @@ def _write_tensors(
         value = tensors[key]
         mapped += value.nbytes
         files[name].seek(offset)
-        files[name].write(_as_bytes(path, key, value, dtype))
+        for block in _cast_blocks(path, key, value, dtype):
+            files[name].write(block)
         done += value.nbytes
         if progress is not None:
             progress(done, total)
@@ -233,13 +245,20 @@ def _is_mapped(path: Path) -> bool:
         return file.read(9)[8:] == b"{" or zipfile.is_zipfile(path)
 
 
-def _as_bytes(path: Path, key: str, value: Tensor, dtype: torch.dtype) -> memoryview:
-    largest = value.abs().amax().item()
-    if not largest <= torch.finfo(dtype).max:
-        name = next(n for n, d in DTYPES.items() if d == dtype)
-        remedy = "Use bf16 or fp32." if largest < float("inf") else "The file is damaged; download it again."
-        raise WeightsError(f"{path.name}: {key} has a value of {largest:g}, which {name} cannot hold. {remedy}")
-    return value.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
+def _cast_blocks(path: Path, key: str, value: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    """A tensor's bytes in another dtype, in blocks. A block is overwritten by the next one."""
+    flat = value.contiguous().flatten()
+    cast = torch.empty(min(flat.numel(), _CAST_VALUES), dtype=dtype)
+    limit = torch.finfo(dtype).max
+    for part in flat.split(_CAST_VALUES) if flat.numel() else ():
+        low, high = (end.item() for end in torch.aminmax(part))
+        if not (low >= -limit and high <= limit):  # both are NaN if one value is
+            largest = flat.abs().amax().item()
+            name = next(n for n, d in DTYPES.items() if d == dtype)
+            remedy = "Use bf16 or fp32." if largest < float("inf") else "The file is damaged; download it again."
+            raise WeightsError(f"{path.name}: {key} has a value of {largest:g}, which {name} cannot hold. {remedy}")
+        block = cast[: part.numel()].copy_(part)
+        yield block.view(torch.uint8).numpy().data
 
 
 @contextmanager
