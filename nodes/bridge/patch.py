@@ -1,14 +1,18 @@
 """The alignment as a patch on the U-Net's first block.
 
 The sampling wrapper (`sampling.py`) says, before each U-Net call, which LQ features belong to which conditioning and
-which part of the latent the call sees: the `StepPlan`. The patch finds the plan in the transformer options, the rows'
-conditionings in `uuids`, and adds the alignment's residual. It holds no state but a cache with complete keys, so clones
-of a MODEL can share it.
+which part of the latent the call sees: the `StepPlan`. Just before the U-Net, `apply_model` makes of it what the rows
+of this call need, the `LQRows`, with embedded conditions; the patch adds the alignment's residual with them.
+
+With `torch.compile` the patch becomes a part of the U-Net, and the host compiles that without guards on anything that
+is reached through the transformer options: a compiled U-Net would go on with the strength, the tile and the sharing
+that it saw first. So the patch takes what changes from call to call from elsewhere, where guards hold. What cannot be
+compiled (the cache, the look for an interruption) happens outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -22,6 +26,8 @@ from .types import LQFeatures
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+
+    from ...faithdiff_core.alignment import Alignment
 
 PLAN_KEY = "faithdiff_plan"
 """Where the transformer options carry the `StepPlan`."""
@@ -63,8 +69,27 @@ class StepPlan:
     shareable: bool = True
 
 
+@dataclass(frozen=True)
+class LQRows:
+    """What the alignment needs for one U-Net call.
+
+    Attributes:
+        conditions: for each conditioning of the call, in its order, the embedded condition of its rows, (rows or 1,
+            channels, height, width); None leaves its rows alone.
+        strengths: factor on the residual, for each conditioning.
+        shared: all rows of one image and tile are equal before the alignment, so the first conditioning's residual
+            serves all others.
+    """
+
+    conditions: tuple[Tensor | None, ...]
+    strengths: tuple[float, ...]
+    shared: bool
+
+
 class AlignmentPatch:
     """Input-block patch that adds the alignment's residual after the U-Net's first convolution.
+
+    It holds no state but a cache with complete keys, so clones of a MODEL can share it.
 
     Args:
         alignment: patcher of an `Alignment`; the host loads it with the U-Net.
@@ -87,51 +112,110 @@ class AlignmentPatch:
         if self._cache is not None:
             self._cache.clear()
 
-    def __call__(self, h: Tensor, transformer_options: dict[str, Any]) -> Tensor:
-        """Called after every input block with its output, (rows, channels, height, width)."""
-        # The host looks for an interruption once a step; a tile of a large picture can take as long as a step.
-        comfy.model_management.throw_exception_if_processing_interrupted()
+    def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
+        """Called after every input block with its output, (rows, channels, height, width).
+
+        (The second argument's name is on purpose not the host's: guards on that one would be left out.)
+        """
+        if not torch.compiler.is_compiling():
+            # The host looks for an interruption once a step; a tile of a large picture can take as long as a step.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+        lq = _running.get(h.device)
+        if lq is None or options["block"] != ("input", 0):
+            return h
+        alignment: Alignment = self.alignment.model
+        first = lq.conditions[0]
+        if lq.shared and first is not None:
+            # Every guidance half sees the same latent, and text enters later: one residual serves all of them.
+            chunks = len(lq.conditions)
+            residual = alignment.residual(h[: h.shape[0] // chunks], first)
+            return torch.add(h.view(chunks, *residual.shape), residual.unsqueeze(0), alpha=lq.strengths[0]).view_as(h)
+        parts = zip(h.chunk(len(lq.conditions)), lq.conditions, lq.strengths, strict=True)
+        return torch.cat([part if c is None else alignment(part, c, strength) for part, c, strength in parts])
+
+    def rows(
+        self, transformer_options: dict[str, Any], rows: int, device: torch.device, dtype: torch.dtype
+    ) -> LQRows | None:
+        """What a U-Net call of `rows` rows needs; None where no LQ features act.
+
+        Args:
+            transformer_options: of the call, with the `StepPlan` and the rows' conditionings (`uuids`).
+            rows: of the call.
+            device: of the call.
+            dtype: what the U-Net computes in.
+        """
         plan: StepPlan | None = transformer_options.get(PLAN_KEY)
-        if plan is None or transformer_options["block"] != ("input", 0):
-            return h
-        uuids: list[UUID] = transformer_options["uuids"]
-        chunks = [plan.chunks.get(uuid) for uuid in uuids]
+        if plan is None:
+            return None
+        chunks = [plan.chunks.get(uuid) for uuid in transformer_options["uuids"]]
         if not any(chunk is not None and chunk.strength != 0.0 for chunk in chunks):
-            return h
-        rows = h.shape[0] // len(chunks)
+            return None
         first = chunks[0]
         others_first = transformer_options["patches"]["input_block_patch"][0] is not self
-        if first is not None and plan.shareable and not others_first and all(chunk == first for chunk in chunks):
-            # Every guidance half sees the same latent, and text enters later: one residual serves all of them.
-            residual = self.alignment.model.residual(h[:rows], self._condition(first, rows, h))
-            shared = torch.add(h.view(len(chunks), *residual.shape), residual.unsqueeze(0), alpha=first.strength)
-            return shared.view_as(h)
-        return torch.cat([self._aligned(part, chunk) for part, chunk in zip(h.chunk(len(chunks)), chunks, strict=True)])
+        shared = first is not None and plan.shareable and not others_first and all(chunk == first for chunk in chunks)
+        each = rows // len(chunks)
+        conditions: list[Tensor | None] = []
+        for i, chunk in enumerate(chunks):
+            if chunk is None or chunk.strength == 0.0:
+                conditions.append(None)
+            else:
+                conditions.append(conditions[0] if shared and i else self._condition(chunk, each, device, dtype))
+        strengths = tuple(0.0 if chunk is None else chunk.strength for chunk in chunks)
+        return LQRows(tuple(conditions), strengths, shared)
 
-    def _aligned(self, h: Tensor, chunk: LQChunk | None) -> Tensor:
-        if chunk is None or chunk.strength == 0.0:
-            return h
-        return self.alignment.model(h, self._condition(chunk, h.shape[0], h), chunk.strength)
-
-    def _condition(self, chunk: LQChunk, rows: int, h: Tensor) -> Tensor:
-        """The embedded condition of a chunk's rows, (rows or 1, channels, height, width), like `h`."""
-        parts = [self._embedded(chunk.features, box, h) for box in chunk.boxes]
+    def _condition(self, chunk: LQChunk, rows: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The embedded condition of a chunk's rows, (rows or 1, channels, height, width)."""
+        parts = [self._embedded(chunk.features, box, device, dtype) for box in chunk.boxes]
         if len(parts) == 1:
             part = parts[0]
             return part if part.shape[0] in (1, rows) else part.repeat(rows // part.shape[0], 1, 1, 1)
         images = rows // len(parts)
         return torch.cat([part.expand(images, -1, -1, -1) for part in parts])
 
-    def _embedded(self, features: LQFeatures, box: Box, h: Tensor) -> Tensor:
+    def _embedded(self, features: LQFeatures, box: Box, device: torch.device, dtype: torch.dtype) -> Tensor:
         def embed() -> Tensor:
             top, left, height, width = box
             crop = features.tensor[..., top : top + height, left : left + width]
-            return self.alignment.model.embed(crop.to(device=h.device, dtype=h.dtype))
+            return self.alignment.model.embed(crop.to(device=device, dtype=dtype))
 
         if self._cache is None:
-            budget = int(comfy.model_management.get_total_memory(h.device) * CACHE_SHARE)
+            budget = int(comfy.model_management.get_total_memory(device) * CACHE_SHARE)
             self._cache = ConditionCache(budget)
-        return self._cache.get((features, box, h.device, h.dtype), embed)
+        return self._cache.get((features, box, device, dtype), embed)
+
+
+_running: dict[torch.device, LQRows] = {}
+"""The rows of the U-Net call that runs on each device; there is one at a time. Global, so that guards see it."""
+
+
+def apply_model(
+    executor: Callable[..., Tensor],
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None,
+    c_crossattn: Tensor | None,
+    control: Any,
+    transformer_options: dict[str, Any],
+    **arguments: Any,
+) -> Tensor:
+    """Wrapper around the host's `apply_model`: give the patch the rows of this call."""
+
+    def run() -> Tensor:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **arguments)
+
+    patches = transformer_options.get("patches", {}).get("input_block_patch", [])
+    patch = next((patch for patch in patches if isinstance(patch, AlignmentPatch)), None)
+    if patch is None:
+        return run()
+    dtype = executor.class_obj.get_dtype_inference()  # type: ignore[attr-defined]
+    rows = patch.rows(transformer_options, x.shape[0], x.device, dtype)
+    if rows is None:
+        return run()
+    _running[x.device] = rows
+    try:
+        return run()
+    finally:
+        del _running[x.device]
 
 
 def find_patch(model: ModelPatcher) -> AlignmentPatch | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...faithdiff_core.errors import SettingsError
 from ...faithdiff_core.tiles import Tile, TileGrid, check_overlap, check_tile_size
 from .control import ControlHints
-from .patch import PLAN_KEY, LQChunk, StepPlan, find_patch
+from .patch import PLAN_KEY, LQChunk, StepPlan, apply_model, find_patch
 from .progress import PROGRESS_KEY, TileProgress, show_tiles
 from .types import CONDITION_KEY, LQCondition
 
@@ -75,6 +75,7 @@ def install(model: ModelPatcher) -> None:
     for kind, wrapper in (
         (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
         (WrappersMP.PREPARE_SAMPLING, prepare_sampling),
+        (WrappersMP.APPLY_MODEL, apply_model),
     ):
         if not model.get_wrappers(kind, WRAPPER_KEY):
             model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
