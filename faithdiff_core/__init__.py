@@ -7,11 +7,20 @@ everything heavier is imported where it is used.
 
 from __future__ import annotations
 
+from .errors import FaithDiffError, MissingPackageError, PictureError, SettingsError, WeightsError  # isort: skip
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingPackageError(
+        "FaithDiff needs PyTorch. Install the build for your card, then the extra `faithdiff[engine]` (ComfyUI brings "
+        "what its nodes need)."
+    ) from error
+
 from .alignment import Alignment, AlignmentConfig
 from .captions import trim_caption
 from .color import ColorFix, adain, fix_colors, wavelet
 from .convert import convert
-from .errors import FaithDiffError, MissingPackageError, PictureError, SettingsError, WeightsError
 from .lq_encoder import LQEncoder, LQEncoderConfig
 from .schedule import StartPoint, leading_timesteps, sampling_sigmas, start_latent
 from .tiles import Tile, TileGrid, gaussian_weights

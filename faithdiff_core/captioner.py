@@ -24,6 +24,9 @@ MAX_NEW_TOKENS = 256
 LLAVA_FORMAT = "USER: <image>\n{prompt} ASSISTANT:"
 """How LLaVA-1.5 is asked, for folders without a chat template (https://huggingface.co/llava-hf/llava-1.5-7b-hf)."""
 
+OLDEST_TRANSFORMERS = (4, 50)
+"""What ComfyUI and the extra `engine` ask for."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 OnToken = Callable[[int], None]
@@ -145,7 +148,7 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
         allow_download: let transformers fetch a hub id that is not on this machine. A folder is never fetched.
 
     Raises:
-        MissingPackageError: transformers is not installed.
+        MissingPackageError: transformers is not installed, or is too old.
         WeightsError: nothing is there, files are missing or broken, or transformers has no image-to-text model for it.
     """
     try:
@@ -155,6 +158,7 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
         raise MissingPackageError(
             "Captioning needs transformers; install the extra `faithdiff[engine]` (ComfyUI brings it along)."
         ) from error
+    _check_version(transformers.__version__)
     name = str(model)
     source = _source(name, allow_download)
     options: dict[str, Any] = {"local_files_only": not allow_download, "trust_remote_code": False}
@@ -196,6 +200,15 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
             f"(preprocessor_config.json and the tokenizer's files)."
         )
     return Captioner(name, loaded.eval().requires_grad_(False), processor)
+
+
+def _check_version(version: str) -> None:
+    if tuple(int(number) for number in version.split(".")[:2]) < OLDEST_TRANSFORMERS:
+        oldest = ".".join(str(number) for number in OLDEST_TRANSFORMERS)
+        raise MissingPackageError(
+            f"Captioning needs transformers {oldest} or later, and {version} is installed. Install ComfyUI's "
+            f"requirements again, or the extra `faithdiff[engine]`."
+        )
 
 
 def _source(name: str, allow_download: bool) -> str:

@@ -292,6 +292,13 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch, folders: dict[str
         load_captioner(folders["llava"])
 
 
+@pytest.mark.parametrize("version", ["4.49.0", "4.9.2", "3.5.1"])
+def test_with_an_old_transformers(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], version: str) -> None:
+    monkeypatch.setattr("transformers.__version__", version)
+    with pytest.raises(MissingPackageError, match=rf"4\.50 or later.*{version}.*faithdiff\[engine\]"):
+        load_captioner(folders["llava"])
+
+
 def test_import_is_light() -> None:
     heavy = ("transformers", "PIL", "huggingface_hub")
     code = f"import sys, faithdiff_core.captioner; print([name for name in {heavy} if name in sys.modules])"

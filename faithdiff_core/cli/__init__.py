@@ -29,11 +29,13 @@ class Command:
         summary: one line for the list of commands.
         module: its module, below this package's parent.
         name: `add_<name>_arguments` declares and `run_<name>` runs; without a name `add_arguments` and `run`.
+        extra: the extra of pyproject.toml that installs what it needs.
     """
 
     summary: str
     module: str
     name: str = ""
+    extra: str = "engine"
 
     @property
     def add_arguments(self) -> Callable[[argparse.ArgumentParser], None]:
@@ -51,9 +53,9 @@ COMMANDS = {
     "restore": Command("restore pictures with an SDXL checkpoint and FaithDiff", "cli.restore"),
     "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.weights", "convert"),
     "info": Command("say what a weights file is and what it holds", "cli.weights", "info"),
-    "train": Command("train FaithDiff, or a LoRA for it", "training.command", "train"),
-    "degrade": Command("make low-quality pictures as for training", "training.command", "degrade"),
-    "evaluate": Command("score restored pictures", "evaluate"),
+    "train": Command("train FaithDiff, or a LoRA for it", "training.command", "train", "train"),
+    "degrade": Command("make low-quality pictures as for training", "training.command", "degrade", "train"),
+    "evaluate": Command("score restored pictures", "evaluate", extra="metrics"),
 }
 
 
@@ -67,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 1 for a failure, 2 for bad arguments, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(next((word for word in words if not word.startswith("-")), None))
+    wanted = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = parser.parse_args(words)
+        args = _parser(wanted).parse_args(words)
         return COMMANDS[args.command].run(args)
     except SystemExit as stop:  # argparse has written what there is to say
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED
@@ -78,6 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     except FaithDiffError as error:
         sys.stderr.write(f"error: {error}\n")
+        return EXIT_FAILED
+    except ModuleNotFoundError as error:
+        if wanted not in COMMANDS or (error.name or "").startswith(__package__.split(".")[0]):
+            raise
+        sys.stderr.write(
+            f"error: `{wanted}` needs the package {error.name}, which is not installed; install the extra "
+            f"`faithdiff[{COMMANDS[wanted].extra}]`.\n"
+        )
         return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")

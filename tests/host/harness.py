@@ -31,6 +31,8 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 TESTPACK = Path(__file__).resolve().parent / "testpack"
 GOLDEN = REPO / "tests" / "golden"
+NODES = frozenset(page.stem for page in (REPO / "web" / "docs").glob("*.md"))
+"""Ids of the pack's nodes: each has a help page, and no other page is there."""
 
 NO_HOST = (
     "NO COMFYUI FOUND: the tests on the real host are SKIPPED. Install it with `pip install comfy-cli && comfy "
@@ -106,6 +108,18 @@ def prepare_base(base: Path) -> Path:
     # Keeps the welcome dialogs of the web page away.
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.49.6"}))
     return base
+
+
+def quick_demo(base: Path) -> Prompt:
+    """The demo workflow with one step, and a small picture for it in the input folder of a base directory."""
+    from PIL import Image
+
+    Image.new("RGB", (40, 32), (200, 120, 40)).save(base / "input" / "example.png")
+    prompt: Prompt = json.loads((REPO / "workflows" / "api" / "faithdiff_demo.json").read_text(encoding="utf-8"))
+    for node in prompt.values():
+        if node["class_type"] == "FaithDiffSampler":
+            node["inputs"]["steps"] = 1
+    return prompt
 
 
 # ---------------------------------------------------------------------------------------------------------- graphs

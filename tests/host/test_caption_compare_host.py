@@ -122,6 +122,13 @@ def test_names_of_models(host: Host, models: Path, tmp_path: Path) -> None:
     assert captions == [expected_caption(folder, image[0], prompt="")]
 
 
+def test_a_missing_transformers_names_the_extra(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    error = host.pack_module("faithdiff_core.errors").FaithDiffError
+    with pytest.raises(error, match=r"FaithDiff Caption: .*needs transformers.*faithdiff\[engine\]"):
+        host.call("FaithDiffCaption", image=pictures(48, 64), **(CAPTION | {"model": "tiny_blip", "dtype": "bf16"}))
+
+
 def test_errors_name_the_node(host: Host) -> None:
     image = host.call("TestImage", kind="random", width=64, height=64)[0]
     error = host.pack_module("faithdiff_core.errors").FaithDiffError
