@@ -7,10 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import installing
 
 import faithdiff_core
 
@@ -36,13 +41,71 @@ def test_registry_finds_what_it_needs(project: dict[str, Any]) -> None:
     facts, comfy = project["project"], project["tool"]["comfy"]
     assert re.fullmatch(r"[a-z][a-z0-9._-]{0,99}", facts["name"])
     assert "comfyui" not in facts["name"]
-    assert (ROOT / facts["license"]["file"]).read_text().startswith("MIT License")
+    assert facts["license"] == "MIT"
+    (license_file,) = facts["license-files"]
+    assert (ROOT / license_file).read_text(encoding="utf-8").startswith("MIT License")
     assert facts["urls"]["Repository"].startswith("https://")
     assert comfy["PublisherId"]
     assert comfy["DisplayName"]
     assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
     assert any(c.startswith("Operating System ::") for c in facts["classifiers"])
     assert any(c.startswith("Environment :: GPU ::") for c in facts["classifiers"])
+
+
+def test_the_icon_is_as_the_registry_wants_it(project: dict[str, Any]) -> None:
+    """Square, of at most 400 pixels, and at its address once this is the repository's main branch."""
+    from PIL import Image
+
+    address = project["tool"]["comfy"]["Icon"]
+    raw = project["project"]["urls"]["Repository"].replace("github.com", "raw.githubusercontent.com")
+    assert address.startswith(f"{raw}/main/")
+    with Image.open(ROOT / address.removeprefix(f"{raw}/main/")) as icon:
+        assert icon.format in ("PNG", "JPEG", "GIF")
+        assert icon.width == icon.height <= 400
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names of the files in the archive that comfy-cli would publish."""
+    folder = tmp_path_factory.mktemp("packed")
+    return zipfile.ZipFile(installing.pack(installing.make_repository(folder / "faithdiff"), folder)).namelist()
+
+
+@installing.needs_git
+def test_the_registrys_own_check_passes(tmp_path: Path) -> None:
+    repository = installing.make_repository(tmp_path / "faithdiff")
+    said = installing.comfy(["node", "validate"], installing.closed_environment(tmp_path), repository)
+    assert "All validation checks passed successfully" in said
+    assert "arning" not in said
+
+
+@installing.needs_git
+def test_the_archive_has_what_users_need(archive: list[str]) -> None:
+    tracked = set(installing.tracked_files())
+    parts = (
+        "nodes/",
+        "faithdiff_core/",
+        "web/",
+        "locales/",
+        "workflows/",
+        "subgraphs/",
+        "demo/model/",
+        "docs/",
+        "assets/",
+    )
+    needed = {name for name in tracked if name.startswith(parts)}
+    files = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"}
+    assert set(archive) == needed | files
+    assert len(archive) == len(set(archive))
+
+
+@installing.needs_git
+def test_links_of_the_archives_pages_lead_somewhere(archive: list[str]) -> None:
+    for page in (name for name in archive if name.endswith(".md")):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
+            path = os.path.normpath(os.path.join(os.path.dirname(page), target)).replace(os.sep, "/")
+            assert path in archive or any(name.startswith(f"{path}/") for name in archive), f"{page}: {target}"
 
 
 def test_a_host_installs_nothing(project: dict[str, Any]) -> None:

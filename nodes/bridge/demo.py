@@ -63,8 +63,7 @@ def _check_complete(folder: Path) -> None:
     missing = [name for name in wanted if not (folder / name).is_file()]
     if missing:
         raise WeightsError(
-            f"the demo model in {folder} lacks {', '.join(missing)}. It comes with the source code of FaithDiff: "
-            f"install the pack from its repository, or make the model with `python demo/make_model.py`."
+            f"the demo model in {folder} lacks {', '.join(missing)}. It comes with the pack: install that again, whole."
         )
 
 
