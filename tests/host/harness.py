@@ -31,6 +31,7 @@ import torch
 REPO = Path(__file__).resolve().parents[2]
 TESTPACK = Path(__file__).resolve().parent / "testpack"
 GOLDEN = REPO / "tests" / "golden"
+PACKS: Mapping[str, Path] = {"faithdiff": REPO, "faithdiff_testpack": TESTPACK}
 NODES = frozenset(page.stem for page in (REPO / "web" / "docs").glob("*.md"))
 """Ids of the pack's nodes: each has a help page, and no other page is there."""
 
@@ -104,7 +105,7 @@ def prepare_base(base: Path) -> Path:
         (base / folder).mkdir(parents=True, exist_ok=True)
     shutil.copyfile(GOLDEN / "faithdiff_tiny.safetensors", base / "models" / "faithdiff" / "faithdiff_tiny.safetensors")
     settings = base / "user" / "default" / "comfy.settings.json"
-    settings.parent.mkdir(parents=True)
+    settings.parent.mkdir(parents=True, exist_ok=True)
     # Keeps the welcome dialogs of the web page away.
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.49.6"}))
     return base
@@ -383,7 +384,14 @@ def _put_first_on_path(path: Path) -> None:
 
 
 class Server:
-    """ComfyUI's own server with this pack and the test pack, on a private base directory.
+    """ComfyUI's own server on a private base directory, with this pack and the test pack unless told otherwise.
+
+    Args:
+        path: the ComfyUI folder.
+        base: the base directory; what is in its custom_nodes is loaded, too.
+        arguments: more words for the host's command line.
+        packs: folders to link into custom_nodes, by name.
+        environment: variables that differ from those of this process.
 
     Attributes:
         base: the base directory; write model files below `base / "models"` at any time.
@@ -391,9 +399,16 @@ class Server:
         log: the file with its output.
     """
 
-    def __init__(self, path: Path, base: Path, arguments: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        base: Path,
+        arguments: tuple[str, ...] = (),
+        packs: Mapping[str, Path] = PACKS,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.base = prepare_base(base)
-        for name, folder in (("faithdiff", REPO), ("faithdiff_testpack", TESTPACK)):
+        for name, folder in packs.items():
             (base / "custom_nodes" / name).symlink_to(folder, target_is_directory=True)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -404,12 +419,12 @@ class Server:
         ]  # fmt: skip
         if not torch.cuda.is_available():
             command.append("--cpu")
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=path,
-                env={**environment, "PYTHONUNBUFFERED": "1"},
+                env={**inherited, **(environment or {}), "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
