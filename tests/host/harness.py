@@ -479,11 +479,15 @@ class Server:
 
     def get(self, path: str, **query: Any) -> Any:
         """GET and decode JSON."""
+        return json.loads(self.download(path, **query))
+
+    def download(self, path: str, **query: Any) -> bytes:
+        """GET."""
         import requests
 
         answer = requests.get(self.url + path, params=query, timeout=60)
         answer.raise_for_status()
-        return answer.json()
+        return answer.content
 
     def post(self, path: str, data: Any = None) -> None:
         """POST JSON, for routes without an answer such as /interrupt and /free."""
@@ -503,11 +507,7 @@ class Server:
 
     def view(self, image: Mapping[str, str]) -> bytes:
         """The bytes of a picture that a SaveImage or PreviewImage listed."""
-        import requests
-
-        answer = requests.get(f"{self.url}/view", params=dict(image), timeout=60)
-        answer.raise_for_status()
-        return answer.content
+        return self.download("/view", **image)
 
     def upload(self, picture: Path, name: str | None = None) -> str:
         """Put a picture into the input folder and return the name for LoadImage."""
@@ -752,11 +752,11 @@ class Page:
         return dict(self._async_script("window.app.graphToPrompt().then(prompt => prompt.output)"))
 
     def set_widget(self, class_type: str, name: str, value: Any) -> None:
-        """Set a widget of the only node of a type."""
+        """Set a widget of all nodes of a type."""
         self.script(
             """
-            const nodes = window.app.graph.nodes.filter(n => n.type === arguments[0]);
-            nodes[0].widgets.find(w => w.name === arguments[1]).value = arguments[2];
+            for (const node of window.app.graph.nodes.filter(n => n.type === arguments[0]))
+                node.widgets.find(w => w.name === arguments[1]).value = arguments[2];
             """,
             class_type,
             name,

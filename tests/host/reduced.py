@@ -140,6 +140,48 @@ def _adapter_shapes() -> dict[str, tuple[int, ...]]:
     return shapes | alignment.published_shapes()
 
 
+def write_lora(path: Path, width: int, *, rank: int = 4, seed: int = 3) -> None:
+    """Write a LoRA, in diffusers' form, for one projection of a U-Net's second level.
+
+    Args:
+        path: ends in .safetensors.
+        width: channels of that level.
+        rank: of the LoRA.
+        seed: of the weights.
+    """
+    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = RandomWeights(seed)
+    shapes = {f"{name}.lora_A.weight": (rank, width), f"{name}.lora_B.weight": (width, rank)}
+    save_file({key: weights.tensor(key, shape).contiguous() for key, shape in shapes.items()}, path)
+
+
+def write_small_controlnet(path: Path, *, seed: int = 4) -> None:
+    """Write a ControlNet for SDXL without transformers, the smallest kind that is published (diffusers' `small`).
+
+    Args:
+        path: ends in .safetensors; 320 MB.
+        seed: of the weights.
+    """
+    from diffusers import ControlNetModel
+
+    with torch.device("meta"):
+        network = ControlNetModel(
+            down_block_types=("DownBlock2D",) * 3,
+            mid_block_type="UNetMidBlock2D",
+            block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+            use_linear_projection=True,
+            attention_head_dim=(5, 10, 20),
+            transformer_layers_per_block=(1, 2, 10),
+        )
+    weights = RandomWeights(seed)
+    state = {key: weights.tensor(key, tuple(value.shape)) for key, value in network.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+
+
 def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
     """Write a file with all tensors of FaithDiff.bin in their published shapes, a few megabytes on disk.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,21 @@ from typing import Any
 import pytest
 from harness import REPO, Host, Page, Server
 from PIL import Image
-from reduced import write_published_faithdiff, write_reduced_sdxl_checkpoint
+from reduced import (
+    write_lora,
+    write_published_faithdiff,
+    write_reduced_adapter,
+    write_reduced_sdxl_checkpoint,
+    write_small_controlnet,
+)
 
 WORKFLOWS = REPO / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-sys.path.append(str(REPO / "scripts"))
+sys.path += [str(REPO / "scripts"), str(REPO / "tests")]
+
+from tiny_captioners import LLAVA_TEMPLATE, make_llava  # noqa: E402
+
+ADAPTER = "reduced_adapter.bin"
 
 
 def test_files_are_what_the_graphs_give(host: Host) -> None:
@@ -29,28 +40,46 @@ def test_files_are_what_the_graphs_give(host: Host) -> None:
     assert {path for folder in folders for path in (REPO / folder).glob("*.json")} == set(texts)
 
 
+def test_every_workflow_has_a_thumbnail(server: Server) -> None:
+    """Square, small, with words of its own, and shown by the template browser."""
+    import build_thumbnails
+
+    assert set(build_thumbnails.THUMBNAILS) == set(NAMES)
+    assert len({words for _, words in build_thumbnails.THUMBNAILS.values()}) == len(NAMES)
+    for name in NAMES:
+        path = WORKFLOWS / f"{name}.jpg"
+        with Image.open(path) as picture:
+            assert picture.size == (build_thumbnails.SIDE, build_thumbnails.SIDE)
+        assert path.stat().st_size < 100_000
+        assert server.download(f"/api/workflow_templates/faithdiff/{name}.jpg") == path.read_bytes()
+
+
 @pytest.fixture(scope="module")
 def server(host: Host, host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose folders have the names that the workflows use.
 
     FaithDiff.bin is in its published shape, and the checkpoint has full text encoders and VAE; all weights are random.
-    The other models are only there to be listed. The U-Net is kept in bf16: 5 GB.
+    The U-Net is kept in bf16: 5 GB. The user's own checkpoint is a U-Net of reduced depth, which fits an adapter alone.
+    The language model is only there to be listed.
     """
     server = Server(host_path, tmp_path_factory.mktemp("full"), ("--bf16-unet",))
     models, inputs = server.base / "models", server.base / "input"
+    for folder in ("controlnet", "text_encoders"):
+        (models / folder).mkdir(exist_ok=True)
     write_published_faithdiff(models / "faithdiff" / "FaithDiff.bin")
-    write_reduced_sdxl_checkpoint(models / "checkpoints" / "RealVisXL_V4.0.safetensors", safetensors=True)
-    for name in (
-        "checkpoints/your_sdxl_checkpoint.safetensors",
-        "loras/your_sdxl_lora.safetensors",
-        "loras/sdxl_lightning_8step_lora.safetensors",
-        "controlnet/controlnet-canny-sdxl-1.0.safetensors",
-        "text_encoders/qwen_3_4b.safetensors",
-    ):
-        (models / name).parent.mkdir(exist_ok=True)
-        (models / name).touch()
+    write_reduced_adapter(models / "faithdiff" / ADAPTER)
+    checkpoint = models / "checkpoints" / "RealVisXL_V4.0.safetensors"
+    write_reduced_sdxl_checkpoint(checkpoint, safetensors=True)
+    (models / "checkpoints" / "your_sdxl_checkpoint.safetensors").hardlink_to(checkpoint)
+    write_lora(models / "loras" / "your_sdxl_lora.safetensors", 320)
+    write_lora(models / "loras" / "sdxl_lightning_8step_lora.safetensors", 640)
+    write_small_controlnet(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors")
+    make_llava(models / "LLM" / "llava-1.5-7b-hf", LLAVA_TEMPLATE)
+    (models / "text_encoders" / "qwen_3_4b.safetensors").touch()
     (inputs / "restore").mkdir()
-    Image.new("RGB", (32, 24), (200, 120, 40)).save(inputs / "example.png")
+    for path, size in ((inputs / "example.png", (32, 24)), (inputs / "restore" / "other.png", (24, 32))):
+        Image.effect_noise(size, 60).convert("RGB").save(path)
+        shutil.copy(inputs / "example.png", inputs / "restore")
     yield server
     server.stop()
 
@@ -84,15 +113,39 @@ def test_the_blueprint_opens_and_unfolds(browser: Page) -> None:
     )
 
 
-def test_faithdiff_2x_runs_in_the_page(server: Server, browser: Page) -> None:
-    """Dropped in and queued as it is, but for the number of steps; the picture has twice the size."""
-    browser.drop(WORKFLOWS / "faithdiff_2x.json")
+RUNS: dict[str, list[tuple[int, int]]] = {
+    "faithdiff_2x": [(64, 48)],
+    "faithdiff_4x_progressive": [(128, 96)],
+    "faithdiff_few_steps": [(64, 48)],
+    "faithdiff_controlnet": [(64, 48)],
+    "faithdiff_auto_caption": [(64, 48)],
+    "faithdiff_batch_folder": [(64, 48), (48, 64)],
+    "faithdiff_low_vram": [(64, 48)],
+    "faithdiff_own_checkpoint_lora": [(64, 48)],
+    "faithdiff_demo": [(64, 48)],
+}
+"""Sizes of what each workflow saves here. Those that share models follow each other, so that they are loaded once."""
+
+WITHOUT_MODELS = {"faithdiff_other_captioner"}
+"""Needs a vision-language model of ComfyUI's own format, which cannot be made small."""
+
+
+def test_all_workflows_are_run() -> None:
+    assert {*RUNS, *WITHOUT_MODELS} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_workflows_run_in_the_page(server: Server, browser: Page, name: str) -> None:
+    """Dropped in and queued as they are, but for the number of steps."""
+    browser.drop(WORKFLOWS / f"{name}.json")
     assert browser.missing_types() == []
     assert browser.error_overlays() == []
     browser.set_widget("FaithDiffSampler", "steps", 1)
+    if name == "faithdiff_own_checkpoint_lora":
+        browser.set_widget("FaithDiffModelLoader", "faithdiff_name", ADAPTER)
     result = browser.queue(timeout=500)
     assert result.node_errors == {}
     assert result.execution_error is None
-    (image,) = [image for shown in result.outputs.values() for image in shown["images"]]
-    assert Image.open(io.BytesIO(server.view(image))).size == (64, 48)
+    images = [image for shown in result.outputs.values() for image in shown.get("images", [])]
+    assert [Image.open(io.BytesIO(server.view(image))).size for image in images] == RUNS[name]
     assert browser.error_overlays() == []
