@@ -25,3 +25,7 @@ class PictureError(FaithDiffError):
 
 class MissingPackageError(FaithDiffError):
     """An optional package is needed for what was asked; the text names the extra that installs it."""
+
+
+class NotFiniteError(FaithDiffError):
+    """A model overflowed: its result has values that are NaN or infinite."""

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import FaithDiffError, SettingsError
+from .errors import NotFiniteError, SettingsError
 from .lq_encoder import DEFAULT_OVERLAP, DEFAULT_TILE, Progress
 from .tiles import check_overlap, check_tile_size, tile_stride
 
@@ -645,11 +645,11 @@ def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
-def _not_finite(dtype: torch.dtype) -> FaithDiffError:
+def _not_finite(dtype: torch.dtype) -> NotFiniteError:
     name = str(dtype).removeprefix("torch.")
-    return FaithDiffError(
+    return NotFiniteError(
         f"The VAE's result is not finite (NaN or infinite) in {name}. Run the VAE in bfloat16 or float32, "
-        f"or use a VAE that was made for float16."
+        f"or use a VAE that was made for float16 (sdxl-vae-fp16-fix)."
     )
 
 
@@ -688,7 +688,7 @@ def decode_tiled(
 
     Raises:
         SettingsError: a tile or an overlap out of range, or latents that are no latents of this VAE.
-        FaithDiffError: the result is not finite.
+        NotFiniteError: the VAE overflowed.
     """
     check_tile_size(tile)
     check_overlap(overlap)

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..faithdiff_core.errors import SettingsError
+from ..faithdiff_core.errors import NotFiniteError, SettingsError
 from ..faithdiff_core.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, sampling_sigmas, start_latent
 from ..faithdiff_core.tiles import DEFAULT_OVERLAP, LATENT_SCALE
 from .bridge.patch import find_patch
@@ -324,10 +324,8 @@ def _starting_noise(model: ModelPatcher, start: StartPoint, samples: Tensor, noi
 def _check_finite(model: ModelPatcher, samples: Tensor) -> None:
     if not torch.isfinite(samples).all():
         dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
-        raise SettingsError(
-            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with "
-            f"--bf16-unet or "
-            f"--fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is "
-            f"far too "
-            f"strong does it too."
+        raise NotFiniteError(
+            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with --bf16-unet "
+            f"or --fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is "
+            f"far too strong does it too."
         )

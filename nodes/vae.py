@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io
 
-from ..faithdiff_core.errors import SettingsError
+from ..faithdiff_core.errors import NotFiniteError, SettingsError
 from ..faithdiff_core.tiled_vae import decode_tiled, parts_from_ldm
 from ..faithdiff_core.tiles import check_tile_size
 from .errors import named_errors
@@ -71,21 +70,21 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
                 bar = bar or comfy.utils.ProgressBar(total)
                 bar.update_absolute(done, total)
 
-            pixels = decode_tiled(
-                parts,
-                latents,
-                tile=tile_size,
-                overlap=overlap,
-                device=vae.device,
-                dtype=vae.vae_dtype,
-                progress=progress,
-            )
-            if not torch.isfinite(pixels).all():
-                dtype = str(vae.vae_dtype).removeprefix("torch.")
-                raise SettingsError(
-                    f"the decoded picture is not a number: the VAE, computing in {dtype}, overflowed. Use the "
-                    f"fp16-fix VAE, or "
-                    f"start ComfyUI with --bf16-vae or --fp32-vae. (If the latent is broken, the sampler says so.)"
+            try:
+                pixels = decode_tiled(
+                    parts,
+                    latents,
+                    tile=tile_size,
+                    overlap=overlap,
+                    device=vae.device,
+                    dtype=vae.vae_dtype,
+                    progress=progress,
                 )
+            except NotFiniteError as error:
+                dtype = str(vae.vae_dtype).removeprefix("torch.")
+                raise NotFiniteError(
+                    f"the decoded picture is not a number: the VAE, computing in {dtype}, overflowed. Use the fp16-fix "
+                    f"VAE, or start ComfyUI with --bf16-vae or --fp32-vae."
+                ) from error
             image = vae.process_output(pixels).movedim(1, -1).contiguous()
             return io.NodeOutput(image.to(comfy.model_management.intermediate_device()))

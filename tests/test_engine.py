@@ -15,6 +15,7 @@ from faithdiff_core import SettingsError, WeightsError, fix_colors, read_faithdi
 from faithdiff_core.color import ColorFix
 from faithdiff_core.engine import SCHEDULERS, FaithDiffPipeline, RestoreSettings, TextConditioning, make_scheduler
 from faithdiff_core.engine.sampling import fresh_scheduler, initial_latent
+from faithdiff_core.errors import NotFiniteError
 from faithdiff_core.pictures import crop_to, pad_to_multiple, resize_lanczos
 from faithdiff_core.schedule import start_latent
 
@@ -566,11 +567,11 @@ def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Any) -> None:
     pipeline = load(tiny_sdxl, golden)
     with torch.no_grad():
         pipeline.sdxl.vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(SettingsError, match=r"while decoding in torch.float32.*fp16-fix"):
+    with pytest.raises(NotFiniteError, match=r"while decoding in torch.float32.*fp16-fix"):
         pipeline(picture(16, 16)[None], **QUICK)
     with torch.no_grad():
         pipeline.sdxl.vae.encoder.conv_in.bias.fill_(float("inf"))
-    with pytest.raises(SettingsError, match=r"while encoding in torch.float32.*fp16-fix"):
+    with pytest.raises(NotFiniteError, match=r"while encoding in torch.float32.*fp16-fix"):
         pipeline(picture(16, 16)[None], **QUICK)
 
 

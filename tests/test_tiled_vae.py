@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from faithdiff_core import tiled_vae
-from faithdiff_core.errors import FaithDiffError, SettingsError
+from faithdiff_core.errors import NotFiniteError, SettingsError
 from faithdiff_core.tiled_vae import DecoderParts, decode_tiled, parts_from_diffusers, parts_from_ldm
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -215,7 +215,7 @@ def test_a_result_that_is_not_finite(vae: Any, tile: int) -> None:
     broken = copy.deepcopy(vae)
     with torch.no_grad():
         broken.decoder.conv_norm_out.weight[0] = math.inf
-    with pytest.raises(FaithDiffError, match=r"not finite .* in float32"):
+    with pytest.raises(NotFiniteError, match=r"not finite .* in float32"):
         decode_tiled(parts_from_diffusers(broken), smooth_latents(20, 20, 4, seed=8), tile=tile)
 
 

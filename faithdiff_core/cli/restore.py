@@ -171,7 +171,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help=f"side of the LQ encoder's tiles ({default.encoder_tile})",
     )
-    tiles.add_argument("--vae-tile", type=int, metavar="PX", help="VAE in tiles of this side; needs less memory")
+    tiles.add_argument(
+        "--vae-tile",
+        type=int,
+        default=default.vae_tile,
+        metavar="PX",
+        help=f"side of the VAE's tiles ({default.vae_tile})",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..alignment import Alignment
 from ..color import ColorFix, fix_colors
 from ..conditions import ConditionCache
-from ..errors import SettingsError, WeightsError
+from ..errors import NotFiniteError, SettingsError, WeightsError
 from ..lq_encoder import DEFAULT_OVERLAP as ENCODER_OVERLAP
 from ..lq_encoder import DEFAULT_TILE as ENCODER_TILE
 from ..lq_encoder import LQEncoder
@@ -212,7 +212,7 @@ class FaithDiffPipeline:
         tile_batch: int = 1,
         encoder_tile: int | None = ENCODER_TILE,
         encoder_overlap: float = ENCODER_OVERLAP,
-        vae_tile: int | None = None,
+        vae_tile: int | None = DEFAULT_TILE,
         strength: float = 1.0,
         seed: int | Sequence[int] | None = None,
         passes: int = 1,
@@ -243,6 +243,7 @@ class FaithDiffPipeline:
 
         Raises:
             SettingsError: a setting out of range, or pictures, texts or seeds that do not go together.
+            NotFiniteError: VAE or U-Net overflow in half precision.
         """
         settings = RestoreSettings(
             size=size,
@@ -390,7 +391,7 @@ class FaithDiffPipeline:
             (B, 4, H / 8, W / 8), float32, on the device that computes.
 
         Raises:
-            SettingsError: the VAE overflows in half precision.
+            NotFiniteError: the VAE overflows in half precision.
         """
         vae = self.sdxl.vae
         rows = []
@@ -415,7 +416,7 @@ class FaithDiffPipeline:
             RGB in [0, 1], (B, 3, 8 h, 8 w), float32, on the CPU.
 
         Raises:
-            SettingsError: the VAE overflows in half precision.
+            NotFiniteError: the VAE overflows in half precision.
         """
         vae = self.sdxl.vae
         staged = _staged(progress, "decode")
@@ -434,9 +435,12 @@ class FaithDiffPipeline:
         if self.offload == "model":
             # The decoder's layers are called one by one, past the VAE's own entrance, where its hook would move it.
             vae._hf_hook.pre_forward(vae)
-        return decode_tiled(
-            parts_from_diffusers(vae), z, tile=tile, device=self.device, dtype=vae.dtype, progress=progress
-        )
+        try:
+            return decode_tiled(
+                parts_from_diffusers(vae), z, tile=tile, device=self.device, dtype=vae.dtype, progress=progress
+            )
+        except NotFiniteError as error:
+            raise self._overflow("decoding") from error
 
     @torch.no_grad()
     def sample(
@@ -475,7 +479,8 @@ class FaithDiffPipeline:
             (B, 4, h, w), float32, on the device that computes.
 
         Raises:
-            SettingsError: features, latents or text of other sizes, or the result is not finite.
+            SettingsError: features, latents or text of other sizes.
+            NotFiniteError: the U-Net overflows in half precision.
         """
         batch, _, height, width = noise.shape
         if strength and (features is None or features.shape[0] != batch or features.shape[-2:] != noise.shape[-2:]):
@@ -518,7 +523,7 @@ class FaithDiffPipeline:
                         progress("sample", done, total)
                 x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
         if not torch.isfinite(x).all():
-            raise SettingsError(f"Sampling gave values that are not finite in {self.dtype}; take bf16 or fp32.")
+            raise NotFiniteError(f"Sampling gave values that are not finite in {self.dtype}; take bf16 or fp32.")
         return x
 
     def _conditions(self, cache: ConditionCache, features: Tensor, group: Sequence[tuple[int, Tile]]) -> Tensor:
@@ -564,7 +569,10 @@ class FaithDiffPipeline:
     def _finite(self, x: Tensor, what: str) -> Tensor:
         if torch.isfinite(x).all():
             return x
-        raise SettingsError(
+        raise self._overflow(what)
+
+    def _overflow(self, what: str) -> NotFiniteError:
+        return NotFiniteError(
             f"The VAE gave values that are not finite while {what} in {self.sdxl.vae.dtype}. SDXL's own VAE overflows "
             f"in half precision: give `vae` the fp16-fix VAE (sdxl-vae-fp16-fix), or choose dtype bf16 or fp32."
         )

@@ -39,7 +39,7 @@ class RestoreSettings:
         tile_batch: tiles in one U-Net call, those of several pictures counted together. More is faster where
             there is memory, and changes no result.
         encoder_tile, encoder_overlap: the same for the LQ encoder's tiles; None encodes in one piece.
-        vae_tile: tile side of the VAE in pixels; None encodes and decodes in one piece.
+        vae_tile: tile side of the VAE in pixels; pictures no larger, and all with None, go through in one piece.
         strength: factor on what the LQ picture adds to the U-Net; 0 is the U-Net alone.
         passes: the enlargement is made in so many equal parts, each a restoration of its own (4x = 2x, then 2x).
 
@@ -58,7 +58,7 @@ class RestoreSettings:
     tile_batch: int = 1
     encoder_tile: int | None = ENCODER_TILE
     encoder_overlap: float = ENCODER_OVERLAP
-    vae_tile: int | None = None
+    vae_tile: int | None = DEFAULT_TILE
     strength: float = 1.0
     passes: int = 1
 

@@ -298,7 +298,17 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     )
     video = {"samples": torch.zeros(1, 4, 2, 8, 8)}
     vae = host.call("TestVAE")[0]
-    expect(host, "expected image latents", "FaithDiffTiledVAEDecode", samples=video, vae=vae, tile_size=64, overlap=0.0)
+    decode = {"vae": vae, "tile_size": 64, "overlap": 0.0}
+    expect(host, "expected image latents", "FaithDiffTiledVAEDecode", samples=video, **decode)
+    with torch.inference_mode():
+        vae.first_stage_model.decoder.conv_out.bias.fill_(float("inf"))
+    expect(
+        host,
+        "computing in float32, overflowed. Use the fp16-fix VAE",
+        "FaithDiffTiledVAEDecode",
+        samples=latent,
+        **decode,
+    )
 
 
 def test_errors_inside_sampling(host: Host, setup: Setup) -> None:
