@@ -251,8 +251,7 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     if other:
         raise WeightsError(
             f"{path.name} has {len(other)} tensor(s) that FaithDiff does not know, such as {_listing(other[:3])}. It "
-            f"is "
-            f"another model, or a later version of FaithDiff than this one reads. {_GET_IT}"
+            f"is another model, or a later version of FaithDiff than this one reads. {_GET_IT}"
         )
     return parts
 
@@ -308,8 +307,8 @@ def _checked_config(path: Path, name: str, part: Mapping[str, Tensor], read: Any
     if wrong:
         key = wrong[0]
         raise WeightsError(
-            f"{path.name}: {len(wrong)} tensor(s) of the {name} have the wrong shape; {key} should be "
-            f"{wanted[key]} and is {shapes[key]}. {_GET_IT}"
+            f"{path.name}: {len(wrong)} tensor(s) of the {name} have the wrong shape; {key} should be {wanted[key]} "
+            f"and is {shapes[key]}. {_GET_IT}"
         )
     unknown = sorted(shapes.keys() - wanted.keys())
     if unknown:
@@ -410,8 +409,8 @@ def _open_pickle(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"{path.name} is a pickle with more in it than tensors; it was not loaded, because such a file can run "
-            f"any program. {_GET_IT}"
+            f"{path.name} is a pickle with more in it than tensors; it was not loaded, because such a file can run any "
+            f"program. {_GET_IT}"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
         raise WeightsError(f"{path.name}: this torch file is damaged ({error}). {_GET_IT}") from error

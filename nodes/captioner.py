@@ -99,8 +99,8 @@ class FaithDiffCaption(io.ComfyNode):
                 io.Boolean.Input(
                     "allow_download",
                     default=False,
-                    tooltip="Let transformers download a hub id that is not on this machine (to its own cache "
-                    "folder). Off: nothing is ever looked for online.",
+                    tooltip="Let transformers download a hub id that is not on this machine (to its own cache folder). "
+                    "Off: nothing is ever looked for online.",
                 ),
             ],
             outputs=[

@@ -64,8 +64,8 @@ def _matched(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     before, after = before[..., :3], after[..., :3]
     if before.shape[0] not in (1, after.shape[0]):
         raise PictureError(
-            f"there are {before.shape[0]} pictures before and {after.shape[0]} after; give one for each, or one "
-            f"for all."
+            f"there are {before.shape[0]} pictures before and {after.shape[0]} after; give one for each, or one for "
+            "all."
         )
     height, width = after.shape[1:3]
     if before.shape[1:3] != after.shape[1:3]:

@@ -36,8 +36,8 @@ class FaithDiffConditioning(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="The caption or prompt."),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="FaithDiff was published with the encoded empty text here (an empty CLIP Text Encode, "
-                    "not zeros).",
+                    tooltip="FaithDiff was published with the encoded empty text here (an empty CLIP Text Encode, not "
+                    "zeros).",
                 ),
                 LQFeaturesType.Input("lq_features", tooltip="From FaithDiff LQ Encode."),
                 io.Float.Input(

@@ -52,16 +52,14 @@ class FaithDiffModelLoader(io.ComfyNode):
                     "faithdiff_name",
                     options=model_files(),
                     tooltip="FaithDiff.bin, the same as safetensors, or an `_adapter` file made by `convert`. Looked "
-                    "for in "
-                    "models/faithdiff, models/model_patches and models/diffusion_models.",
+                    "for in models/faithdiff, models/model_patches and models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="Precision of the U-Net's weights. `default` lets ComfyUI choose for your card; fp8 "
-                    "halves the "
-                    "memory of fp16 (2.6 instead of 5.1 GB) for a small loss of detail; fp32 is for comparisons. A "
+                    tooltip="Precision of the U-Net's weights. `default` lets ComfyUI choose for your card; fp8 halves "
+                    "the memory of fp16 (2.6 instead of 5.1 GB) for a small loss of detail; fp32 is for comparisons. A "
                     "connected MODEL keeps its own precision.",
                 ),
                 io.Model.Input(
@@ -78,9 +76,8 @@ class FaithDiffModelLoader(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="With `model` connected: how far its U-Net is moved to FaithDiff's. 1 is FaithDiff's own "
-                    "weights "
-                    "(most faithful), 0 leaves yours (your style; follows the picture less). LoRAs keep their full "
-                    "strength. No effect without `model` or with an `_adapter` file.",
+                    "weights (most faithful), 0 leaves yours (your style; follows the picture less). LoRAs keep their "
+                    "full strength. No effect without `model` or with an `_adapter` file.",
                 ),
             ],
             outputs=[

@@ -22,22 +22,19 @@ class FaithDiffLQEncode(io.ComfyNode):
             node_id="FaithDiffLQEncode",
             display_name="FaithDiff LQ Encode",
             category="FaithDiff",
-            description="Reads what is in a low-quality picture, already enlarged to the final size, with "
-            "FaithDiff's LQ "
-            "encoder. The result is needed once for all seeds, prompts and samplers.",
+            description="Reads what is in a low-quality picture, already enlarged to the final size, with FaithDiff's "
+            "LQ encoder. The result is needed once for all seeds, prompts and samplers.",
             search_aliases=["faithdiff encode", "lq encoder", "low quality features"],
             inputs=[
                 FaithDiffType.Input("faithdiff", tooltip="From FaithDiff Model Loader."),
                 io.Image.Input(
                     "pixels",
                     tooltip="The enlarged low-quality picture, sides multiples of 8 pixels: what FaithDiff Prepare "
-                    "Image "
-                    "gives. An alpha channel is left out.",
+                    "Image gives. An alpha channel is left out.",
                 ),
                 tile_size_input(
                     "Pixels. Larger pictures are encoded in tiles of this side. Smaller tiles need less memory "
-                    "(ComfyUI "
-                    "reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the picture at a time."
+                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the picture at a time."
                 ),
                 overlap_input(
                     "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.", 0.25
@@ -60,7 +57,6 @@ class FaithDiffLQEncode(io.ComfyNode):
             if height % LATENT_SCALE or width % LATENT_SCALE:
                 raise PictureError(
                     f"the sides of `pixels` must be multiples of {LATENT_SCALE}, got {width} x {height}. Send the "
-                    f"picture "
-                    f"through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
+                    "picture through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
                 )
             return io.NodeOutput(LQFeatures(encode_lq(faithdiff, pixels, tile_size, overlap)))

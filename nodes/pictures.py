@@ -22,9 +22,8 @@ class FaithDiffPrepareImage(io.ComfyNode):
             node_id="FaithDiffPrepareImage",
             display_name="FaithDiff Prepare Image",
             category="FaithDiff",
-            description="Enlarges low-quality pictures to their final size (Lanczos) and pads them so that VAE and "
-            "LQ encoder "
-            "take them whole. FaithDiff Finish Image undoes the padding and brings back colours and alpha.",
+            description="Enlarges low-quality pictures to their final size (Lanczos) and pads them so that VAE and LQ "
+            "encoder take them whole. FaithDiff Finish Image undoes the padding and brings back colours and alpha.",
             search_aliases=["faithdiff resize", "upscale image", "pad image"],
             inputs=[
                 io.Image.Input("image", tooltip="The low-quality pictures. An alpha channel is kept in the frame."),
@@ -35,8 +34,7 @@ class FaithDiffPrepareImage(io.ComfyNode):
                     max=16.0,
                     step=0.05,
                     tooltip="Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, "
-                    "faces above "
-                    "all. 1 restores without enlarging.",
+                    "faces above all. 1 restores without enlarging.",
                 ),
                 io.Int.Input(
                     "longest_side",
@@ -80,8 +78,8 @@ class FaithDiffPrepareImage(io.ComfyNode):
             elif mask is not None:
                 if mask.shape[0] not in (1, image.shape[0]):
                     raise PictureError(
-                        f"there are {mask.shape[0]} masks for {image.shape[0]} pictures; give one for each, or one "
-                        f"for all."
+                        f"there are {mask.shape[0]} masks for {image.shape[0]} pictures; give one for each, or one for "
+                        "all."
                     )
                 mask = resize_lanczos(mask.unsqueeze(1), height, width)[:, 0]
             colors = pictures[:, :3]
@@ -98,9 +96,8 @@ class FaithDiffFinishImage(io.ComfyNode):
             node_id="FaithDiffFinishImage",
             display_name="FaithDiff Finish Image",
             category="FaithDiff",
-            description="Crops a restored picture to its exact size, gives it the colours of the low-quality one, "
-            "and brings "
-            "its transparency back.",
+            description="Crops a restored picture to its exact size, gives it the colours of the low-quality one, and "
+            "brings its transparency back.",
             search_aliases=["faithdiff color fix", "color correction", "adain", "wavelet"],
             inputs=[
                 io.Image.Input("image", tooltip="The decoded picture."),
@@ -110,8 +107,7 @@ class FaithDiffFinishImage(io.ComfyNode):
                     options=[fix.value for fix in ColorFix],
                     default=ColorFix.ADAIN.value,
                     tooltip="adain: mean and contrast of each channel (published). wavelet: colours place by place; "
-                    "follows "
-                    "stains of the original, too. none: as the model made them.",
+                    "follows stains of the original, too. none: as the model made them.",
                 ),
             ],
             outputs=[
@@ -129,14 +125,12 @@ class FaithDiffFinishImage(io.ComfyNode):
             if image.shape[1] < height or image.shape[2] < width:
                 raise PictureError(
                     f"the picture is {image.shape[2]} x {image.shape[1]}, smaller than the {width} x {height} of the "
-                    f"frame. "
-                    f"Connect the frame of the same FaithDiff Prepare Image that this picture came through."
+                    "frame. Connect the frame of the same FaithDiff Prepare Image that this picture came through."
                 )
             if frame.image.shape[0] not in (1, image.shape[0]):
                 raise PictureError(
                     f"there are {image.shape[0]} pictures, but the frame is of {frame.image.shape[0]}. Connect the "
-                    f"frame that "
-                    f"belongs to this batch."
+                    "frame that belongs to this batch."
                 )
             cropped = _channels_first(image[:, :height, :width, :3])
             fixed = fix_colors(cropped, _channels_first(frame.image), color_fix).clamp(0.0, 1.0)

@@ -31,8 +31,7 @@ PUBLISHED_SCHEDULE = "faithdiff"
 
 TILE_TOOLTIP = (
     "Pixels. Larger pictures are sampled in tiles of this side. 1024 is what SDXL was trained at; smaller tiles need "
-    "less "
-    "memory and see less of the picture."
+    "less memory and see less of the picture."
 )
 OVERLAP_TOOLTIP = (
     "Part of a tile that it shares with its neighbour. 0.5 as published: no seams, about four times the work of 0."
@@ -69,8 +68,7 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
             display_name="FaithDiff Tiled Diffusion",
             category="FaithDiff",
             description="Makes a MODEL sample large pictures in overlapping tiles, with any sampler. Every tile gets "
-            "its part "
-            "of the LQ features, ControlNet hints, masks and areas, and SDXL's size conditioning as FaithDiff "
+            "its part of the LQ features, ControlNet hints, masks and areas, and SDXL's size conditioning as FaithDiff "
             "was published with it.",
             search_aliases=["faithdiff tiles", "tiled diffusion", "multidiffusion", "large image"],
             inputs=[
@@ -102,8 +100,7 @@ class FaithDiffSampler(io.ComfyNode):
             display_name="FaithDiff Sampler",
             category="FaithDiff",
             description="Restores: FaithDiff Conditioning, FaithDiff Tiled Diffusion and a sampler in one node, with "
-            "the "
-            "published schedule and starting point.",
+            "the published schedule and starting point.",
             search_aliases=["faithdiff", "restore", "upscale", "super resolution", "ksampler"],
             inputs=[
                 io.Model.Input("model", tooltip="From FaithDiff Model Loader; LoRAs may follow it."),
@@ -149,8 +146,7 @@ class FaithDiffSampler(io.ComfyNode):
                     options=[point.value for point in StartPoint],
                     default=StartPoint.LR.value,
                     tooltip="`lr`: noise with a trace of the low-quality picture (published; needs latent_image). "
-                    "`noise`: "
-                    "noise alone.",
+                    "`noise`: noise alone.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -277,8 +273,7 @@ def _latent(
     if samples.shape[0] != lq_features.tensor.shape[0] and lq_features.tensor.shape[0] != 1:
         raise SettingsError(
             f"latent_image holds {samples.shape[0]} pictures, the LQ features {lq_features.tensor.shape[0]}. Encode "
-            f"the "
-            f"same batch with both."
+            "the same batch with both."
         )
     return latent_image.copy()
 
@@ -293,8 +288,7 @@ def _sigmas(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> 
         if total > len(model_sampling.sigmas):
             raise SettingsError(
                 f"steps / denoise must be at most {len(model_sampling.sigmas)} with the published schedule, got "
-                f"{total}. "
-                f"Take fewer steps, or another scheduler."
+                f"{total}. Take fewer steps, or another scheduler."
             )
         sigmas = sampling_sigmas(total, model_sampling.sigmas)
     else:

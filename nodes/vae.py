@@ -27,9 +27,8 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
             node_id="FaithDiffTiledVAEDecode",
             display_name="FaithDiff Tiled VAE Decode",
             category="FaithDiff",
-            description="Decodes large latents in tiles that share their normalisation statistics: no tile differs "
-            "in tone "
-            "from its neighbour, and the result is that of a decode in one piece.",
+            description="Decodes large latents in tiles that share their normalisation statistics: no tile differs in "
+            "tone from its neighbour, and the result is that of a decode in one piece.",
             search_aliases=["faithdiff decode", "vae decode tiled", "seamless decode"],
             inputs=[
                 io.Latent.Input("samples", tooltip="From a sampler."),

@@ -99,12 +99,10 @@ def faithdiff_2x() -> Graph:
     return Graph(
         "faithdiff_2x",
         "## FaithDiff, twice the size\n\n"
-        "The published settings. Choose your picture in **Load Image**, say in the positive prompt what is in it "
-        "(the more "
-        "exactly, the better), and run.\n\n"
+        "The published settings. Choose your picture in **Load Image**, say in the positive prompt what is in it (the "
+        "more exactly, the better), and run.\n\n"
         f"- `{FAITHDIFF}` goes into `models/faithdiff`, an SDXL checkpoint into `models/checkpoints`; the checkpoint "
-        f"gives "
-        "text encoders and VAE, FaithDiff's file gives the U-Net.\n"
+        "gives text encoders and VAE, FaithDiff's file gives the U-Net.\n"
         "- For four times the size, two passes of two are more faithful: feed the result in again.\n"
         "- Little video memory: `weight_dtype` fp8_e4m3fn, and tiles of 512 in *LQ Encode* and *Tiled VAE Decode*.",
         restoration(),
@@ -189,9 +187,8 @@ def faithdiff_4x_progressive() -> Graph:
     return Graph(
         "faithdiff_4x_progressive",
         "## FaithDiff, four times the size in two passes\n\n"
-        "Twice the size, and twice again. The second pass sees the restored picture of the first, so it has to "
-        "invent less "
-        "than one pass of four would; faces profit most.\n\n"
+        "Twice the size, and twice again. The second pass sees the restored picture of the first, so it has to invent "
+        "less than one pass of four would; faces profit most.\n\n"
         "The second pass works on four times the pixels and takes about four times as long, in tiles.",
         {**nodes, **second, "save": save},
     )
@@ -214,10 +211,8 @@ def faithdiff_own_checkpoint_lora() -> Graph:
         "faithdiff_own_checkpoint_lora",
         "## FaithDiff on your own checkpoint and LoRA\n\n"
         "`unet_strength` moves your checkpoint's U-Net towards FaithDiff's: 1 follows the picture most closely, 0 "
-        "keeps your "
-        "style and follows it least. 0.6 to 0.9 is a good range. The LoRA keeps its full strength, before the loader "
-        "(as "
-        "here) or behind it.\n\n"
+        "keeps your style and follows it least. 0.6 to 0.9 is a good range. The LoRA keeps its full strength, before "
+        "the loader (as here) or behind it.\n\n"
         "Choose your files in **Load Checkpoint** and **Load LoRA**.",
         nodes,
     )
@@ -237,8 +232,7 @@ def faithdiff_few_steps() -> Graph:
         "faithdiff_few_steps",
         "## FaithDiff in 8 steps\n\n"
         "A few-step LoRA for **SDXL base** (Lightning here; DMD2 works with 4 steps and the sampler `lcm`) on "
-        "FaithDiff's U-Net, "
-        "with cfg 1: a fifth of the usual work. Expect smoother textures than with 20 steps.\n\n"
+        "FaithDiff's U-Net, with cfg 1: a fifth of the usual work. Expect smoother textures than with 20 steps.\n\n"
         "The LoRA's steps must match its file: an 8-step LoRA with 8 steps. At cfg 1 the negative prompt has no "
         "effect.",
         nodes,
@@ -279,12 +273,10 @@ def faithdiff_batch_folder() -> Graph:
     return Graph(
         "faithdiff_batch_folder",
         "## FaithDiff for a folder\n\n"
-        "Put pictures of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored "
-        "one after "
-        "the other with one caption; the models are loaded once.\n\n"
+        "Put pictures of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored one "
+        "after the other with one caption; the models are loaded once.\n\n"
         "For a caption of its own for each picture, put FaithDiff Caption between the pictures and the positive "
-        "prompt, as in "
-        "*faithdiff_auto_caption*.",
+        "prompt, as in *faithdiff_auto_caption*.",
         nodes,
     )
 
@@ -299,12 +291,10 @@ def faithdiff_auto_caption() -> Graph:
     return Graph(
         "faithdiff_auto_caption",
         "## FaithDiff with a caption made for it\n\n"
-        "FaithDiff was trained with captions of LLaVA-1.5. **FaithDiff Caption** asks a local model the same "
-        "question and "
-        "trims the answer as the published code does.\n\n"
-        f"Put a model folder (`{CAPTIONER}`, or any image-to-text model that transformers loads) into `models/LLM`, "
-        f"or switch "
-        "`allow_download` on and name a hub id.",
+        "FaithDiff was trained with captions of LLaVA-1.5. **FaithDiff Caption** asks a local model the same question "
+        "and trims the answer as the published code does.\n\n"
+        f"Put a model folder (`{CAPTIONER}`, or any image-to-text model that transformers loads) into `models/LLM`, or "
+        "switch `allow_download` on and name a hub id.",
         nodes,
     )
 
@@ -334,8 +324,7 @@ def faithdiff_other_captioner() -> Graph:
         "## FaithDiff with another captioner\n\n"
         "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the picture through a "
         "vision-language model in `models/text_encoders`, and **FaithDiff Trim Caption** drops the lead-in and keeps "
-        "two "
-        "sentences.",
+        "two sentences.",
         nodes,
     )
 
@@ -361,9 +350,8 @@ def faithdiff_controlnet() -> Graph:
     return Graph(
         "faithdiff_controlnet",
         "## FaithDiff with a ControlNet\n\n"
-        "FaithDiff needs none. Where outlines matter more than anything (drawings, plans), a light one can help; "
-        "every tile "
-        "gets its part of the hint.\n\n"
+        "FaithDiff needs none. Where outlines matter more than anything (drawings, plans), a light one can help; every "
+        "tile gets its part of the hint.\n\n"
         f"`{CONTROLNET}` stands for any ControlNet for SDXL in `models/controlnet`.",
         nodes,
     )
@@ -398,8 +386,8 @@ def faithdiff_demo() -> Graph:
         "A small model comes with this pack, to try the nodes out: all parts of FaithDiff, about a thousand times "
         "smaller. It runs on any computer in seconds.\n\n"
         "It was trained briefly, on a few dozen photographs, for one kind of damage: **half the size, slight blur, "
-        "strong noise, JPEG**. Such pictures come out cleaner, if softer; clean pictures come out worse. "
-        "The captions of its training say no more than `A photograph.` or `A drawing.`\n\n"
+        "strong noise, JPEG**. Such pictures come out cleaner, if softer; clean pictures come out worse. The captions "
+        "of its training say no more than `A photograph.` or `A drawing.`\n\n"
         "For results like the paper's, take *faithdiff_2x*.",
         nodes,
     )

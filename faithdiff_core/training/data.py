@@ -130,8 +130,7 @@ class FolderSource:
             if hq.width % lq.width or hq.height % lq.height or hq.width * lq.height != hq.height * lq.width:
                 raise PictureError(
                     f"{file} of {hq.width} x {hq.height} pixels and its partner of {lq.width} x {lq.height} do not "
-                    f"match: "
-                    f"expected the larger to be a whole multiple of the smaller"
+                    "match: expected the larger to be a whole multiple of the smaller"
                 )
         return Sample(hq, lq, self._caption(file))
 
@@ -357,8 +356,7 @@ def crop_pair(sample: Sample, config: DataConfig, rng: np.random.Generator) -> t
     if min(hq.size) < size or size % step:
         raise PictureError(
             f"A picture of {hq.width} x {hq.height} pixels (scale {step}) cannot be cropped to {size}: expected at "
-            f"least the "
-            f"crop's size, and a crop that the scale divides."
+            "least the crop's size, and a crop that the scale divides."
         )
     left, top = (int(rng.integers(0, (side - size) // step + 1)) * step for side in hq.size)
     hq = hq.crop((left, top, left + size, top + size))

@@ -305,8 +305,7 @@ def degrade(picture: Image.Image, config: DegradationConfig, rng: np.random.Gene
     if min(width, height) < MIN_SIDE:
         raise PictureError(
             f"The picture of {picture.width} x {picture.height} pixels is too small to be degraded at scale "
-            f"{config.scale}: "
-            f"expected at least {MIN_SIDE * config.scale} pixels a side."
+            f"{config.scale}: expected at least {MIN_SIDE * config.scale} pixels a side."
         )
     image = to_tensor(picture)
     passes = [config.first] if config.second is None else [config.first, config.second]

@@ -98,8 +98,8 @@ def load_faithdiff(
     elif weights.unet is None:
         raise WeightsError(
             f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "
-            f"the `_unet` file that `python -m faithdiff_core convert` writes, loaded with Load Diffusion Model, or "
-            f"an SDXL checkpoint of your own. Or choose the full FaithDiff file."
+            "the `_unet` file that `python -m faithdiff_core convert` writes, loaded with Load Diffusion Model, or an "
+            "SDXL checkpoint of your own. Or choose the full FaithDiff file."
         )
     else:
         model = load_unet(path, weight_dtype)
@@ -154,23 +154,20 @@ def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
     kind = type(model.model).__name__
     if not isinstance(model.model, comfy.model_base.SDXL):
         raise WeightsError(
-            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to "
-            f"use the "
-            f"U-Net of the FaithDiff file."
+            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to use "
+            "the U-Net of the FaithDiff file."
         )
     assert weights.alignment_config is not None
     config = model.model.model_config.unet_config
     if config["model_channels"] != weights.alignment_config.unet_channels:
         raise WeightsError(
             f"`model` begins with {config['model_channels']} channels, but the alignment of {weights.path.name} is "
-            f"made "
-            f"for {weights.alignment_config.unet_channels}. They belong to different models."
+            f"made for {weights.alignment_config.unet_channels}. They belong to different models."
         )
     if config.get("in_channels", 4) != 4:
         raise WeightsError(
             f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of SDXL), but "
-            f"FaithDiff's "
-            f"U-Net takes 4. Connect an ordinary SDXL checkpoint."
+            "FaithDiff's U-Net takes 4. Connect an ordinary SDXL checkpoint."
         )
 
 

@@ -189,14 +189,12 @@ def _check_features(active: dict[UUID, tuple[LQCondition, float]], x_in: Tensor)
         if features.size != (height, width):
             raise SettingsError(
                 f"FaithDiff: the LQ features are of a picture of {features.size[1] * 8} x {features.size[0] * 8} "
-                f"pixels, "
-                f"but the latent is one of {width * 8} x {height * 8}. Make both from the same prepared image."
+                f"pixels, but the latent is one of {width * 8} x {height * 8}. Make both from the same prepared image."
             )
         if features.tensor.shape[0] not in (1, x_in.shape[0]):
             raise SettingsError(
                 f"FaithDiff: there are LQ features of {features.tensor.shape[0]} pictures, but {x_in.shape[0]} "
-                f"latents. "
-                f"Encode as many pictures as there are latents, or one for all."
+                "latents. Encode as many pictures as there are latents, or one for all."
             )
 
 
