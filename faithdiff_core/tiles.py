@@ -149,6 +149,7 @@ class TileGrid:
         self.tile_height, self.tile_width = min(self.tile, height), min(self.tile, width)
         self.rows = tile_starts(height, self.tile, stride)
         self.columns = tile_starts(width, self.tile, stride)
+        self._windows: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
@@ -196,8 +197,12 @@ class TileGrid:
         self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Merge weights of a tile, (height, width); over all tiles they add up to 1 at every position."""
-        weights = torch.outer(self._row_weights[tile.row], self._column_weights[tile.column])
-        return weights.to(device=device, dtype=dtype)
+        # A grid's windows go to the device once: a copy for each tile would have it wait for the processor.
+        place = (torch.device(device or "cpu"), dtype)
+        if place not in self._windows:
+            self._windows[place] = (self._row_weights.to(*place), self._column_weights.to(*place))
+        rows, columns = self._windows[place]
+        return torch.outer(rows[tile.row], columns[tile.column])
 
     def merge(self, out: Tensor, tile: Tile, result: Tensor) -> None:
         """Add a tile's weighted result to `out`, in place.
