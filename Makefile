@@ -38,7 +38,7 @@ test-full: lint host-note
 lint: install $(PACK)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	MYPYPATH=build/types:examples $(PY) -m mypy -p faithdiff_pack.faithdiff_core -p faithdiff_pack.nodes -m restore_over_http
+	MYPYPATH=build/types:docs/examples $(PY) -m mypy -p faithdiff_pack.faithdiff_core -p faithdiff_pack.nodes -m restore_over_http
 
 format: install
 	$(PY) -m ruff check --fix .

@@ -108,6 +108,12 @@ def test_links_of_the_archives_pages_lead_somewhere(archive: list[str]) -> None:
             assert path in archive or any(name.startswith(f"{path}/") for name in archive), f"{page}: {target}"
 
 
+def test_one_folder_is_shown_as_templates() -> None:
+    """A host takes each of these for the folder with the example workflows, and shows the files of one alone."""
+    names = ("example_workflows", "example", "examples", "workflow", "workflows")
+    assert [name for name in names if (ROOT / name).exists()] == ["workflows"]
+
+
 def test_a_host_installs_nothing(project: dict[str, Any]) -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == []

@@ -21,7 +21,7 @@ import pytest
 from harness import REPO, PromptRejectedError, Server
 from PIL import Image
 
-EXAMPLES = REPO / "examples"
+EXAMPLES = REPO / "docs" / "examples"
 API = REPO / "workflows" / "api"
 sys.path.append(str(EXAMPLES))
 
@@ -72,7 +72,7 @@ class Project:
     """This pack's folder as the document's reader has it, with the demo model in the place of the large one.
 
     Attributes:
-        folder: with examples, workflows, photo.jpg and pictures.
+        folder: with docs/examples, workflows, photo.jpg and pictures.
         server: where its commands go.
     """
 
@@ -80,8 +80,8 @@ class Project:
         self.folder, self.server = folder, server
         for source in EXAMPLES.glob("*.py"):
             text = self.here(source.read_text(encoding="utf-8"))
-            for target in (folder / "examples" / source.name, folder / source.name):
-                target.parent.mkdir(exist_ok=True)
+            for target in (folder / "docs" / "examples" / source.name, folder / source.name):
+                target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(text, encoding="utf-8")
         (folder / "workflows" / "api").mkdir(parents=True)
         (folder / "workflows" / "api" / "faithdiff_2x.json").write_text(json.dumps(small_workflow()))

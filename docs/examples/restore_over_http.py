@@ -16,7 +16,7 @@ from typing import Any
 
 from comfy_client import ComfyServer, RunError, UnreachableError, Workflow, load_workflow, set_input
 
-WORKFLOW = Path(__file__).resolve().parent.parent / "workflows" / "api" / "faithdiff_2x.json"
+WORKFLOW = Path(__file__).resolve().parents[2] / "workflows" / "api" / "faithdiff_2x.json"
 POSITIVE = "Positive: what is in the picture"
 """Title of the node with the prompt, in all workflows of this pack."""
 
