@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu":
         # ComfyUI chooses its device by what it finds.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, which counts memory, is a talkative one
     if options.threads:
         torch.set_num_threads(options.threads)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 
@@ -19,11 +16,8 @@ from .settings import Settings
 
 Work = Callable[[], object]
 
-_M_MMAP_THRESHOLD = -3
-"""The option's number in malloc.h."""
-
 SAMPLING_SECONDS = 0.002
-"""How often the memory of the process is looked at on a processor."""
+"""How often the memory of MPS is looked at."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +71,9 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _c_library(function: str) -> Callable[..., int] | None:
-    """A function of the C library's memory management; None where it has another one than glibc's."""
-    return getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
-
-
 def free_memory(device: torch.device) -> None:
     """Give back what nobody holds any more."""
     gc.collect()
-    # The C library keeps freed blocks; a peak that fits into them would not show as growth.
-    trim = _c_library("malloc_trim")
-    if trim is not None:
-        trim(0)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -119,33 +104,12 @@ def interleaved(settings: Settings, sides: Mapping[str, Work], repeats: int | No
     return {name: Spread(tuple(values)) for name, values in taken.items()}
 
 
-@contextmanager
-def _large_blocks_returned() -> Iterator[None]:
-    """Have the C library map every block of a megabyte on its own, which goes back to the system when it is freed.
-
-    From its heap, a freed block often cannot serve the next aligned request of the same size, and the process grows
-    by blocks that nobody holds. What counts as large is adapted by the library itself, and set by others in the
-    process, so it cannot be relied on.
-    """
-    option = _c_library("mallopt")
-    if option is not None:
-        option(_M_MMAP_THRESHOLD, 2**20)
-    try:
-        yield
-    finally:
-        if option is not None:
-            # As large as the library itself would let it become: mapping anew each time costs time.
-            option(_M_MMAP_THRESHOLD, 2**25)
-
-
 def peak_bytes(device: torch.device, work: Work) -> int:
-    """Memory that a piece of work takes on top of what is held when it begins, at its highest point.
+    """Memory that torch allocates for a piece of work on top of what is held when it begins, at its highest point.
 
-    On a GPU this is what torch allocates there; on a processor the growth of the process's resident memory, looked at
-    every two milliseconds (Linux; elsewhere `memory_is_measured` is False), which is good to a few MiB.
-
-    Raises:
-        OSError: the system does not tell.
+    On CUDA torch keeps count itself. On a processor its profiler sees every block come and go, whatever the C library
+    does with it: the process's own size would count freed blocks that are kept, and so depend on what ran before. What
+    libraries below torch take for themselves is not seen. On MPS the count is looked at every two milliseconds.
     """
     free_memory(device)
     synchronize(device)
@@ -155,21 +119,33 @@ def peak_bytes(device: torch.device, work: Work) -> int:
         work()
         synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    read = torch.mps.current_allocated_memory if device.type == "mps" else _resident_bytes
-    before = highest = read()
+    return _watched_peak(work) if device.type == "mps" else _profiled_peak(work)
+
+
+def _profiled_peak(work: Work) -> int:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        work()
+    changes = [
+        (event.start_ns(), event.nbytes()) for event in profile.kineto_results.events() if event.name() == "[memory]"
+    ]
+    held = accumulate((change for _, change in sorted(changes)), initial=0)
+    return max(held)
+
+
+def _watched_peak(work: Work) -> int:
+    before = highest = torch.mps.current_allocated_memory()
     done = threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.wait(SAMPLING_SECONDS):
-            highest = max(highest, read())
+            highest = max(highest, torch.mps.current_allocated_memory())
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        with _large_blocks_returned():
-            work()
-            highest = max(highest, read())
+        work()
+        highest = max(highest, torch.mps.current_allocated_memory())
     finally:
         done.set()
         watcher.join()
@@ -187,17 +163,3 @@ def held_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.current_allocated_memory()
     raise ValueError(f"expected a GPU, got {device}")
-
-
-def memory_is_measured(device: torch.device) -> bool:
-    """Whether `peak_bytes` works on this device and system."""
-    return device.type in ("cuda", "mps") or _STATM.exists()
-
-
-_STATM = Path("/proc/self/statm")
-
-
-def _resident_bytes() -> int:
-    import resource
-
-    return int(_STATM.read_text().split()[1]) * resource.getpagesize()

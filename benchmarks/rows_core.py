@@ -12,7 +12,7 @@ from torch import Tensor
 from faithdiff_core.tiles import TileGrid
 
 from . import counts, models
-from .measure import Spread, Work, interleaved, memory_is_measured, peak_bytes
+from .measure import Spread, Work, interleaved, peak_bytes
 from .results import Result, Target, memory, timed
 from .settings import PUBLISHED_SIZE, SCALE, Settings
 
@@ -66,14 +66,13 @@ def alignment(settings: Settings) -> Iterator[Result]:
                 target=target,
                 note=f"embedding, once a tile, {times['embedding'].median * 1e3:.3g} ms",
             )
-            if memory_is_measured(settings.device):
-                yield memory(
-                    "alignment",
-                    f"guided pair, {_case(settings, size)}",
-                    peak_bytes(settings.device, shared),
-                    peak_bytes(settings.device, lambda h=h, features=features: published(h, features)),
-                    "published formulation",
-                )
+            yield memory(
+                "alignment",
+                f"guided pair, {_case(settings, size)}",
+                peak_bytes(settings.device, shared),
+                peak_bytes(settings.device, lambda h=h, features=features: published(h, features)),
+                "published formulation",
+            )
 
 
 def alignment_inputs(settings: Settings, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from faithdiff_core.schedule import DEFAULT_CFG, StartPoint
 from faithdiff_core.tiles import TileGrid, gaussian_weights
 
 from . import models
-from .measure import Spread, held_bytes, interleaved, memory_is_measured, peak_bytes
+from .measure import Spread, held_bytes, interleaved, peak_bytes
 from .results import Result, Target, memory, missing, timed
 from .rows_core import STEPS, shared_unet
 from .settings import PUBLISHED_SIZE, SCALE, Settings
@@ -109,7 +109,7 @@ def restoration(settings: Settings) -> Iterator[Result]:
             target=Target("<=", 1.10),
             note="" if settings.steps == STEPS else f"composed of parts; sampling measured with {settings.steps} steps",
         )
-        if settings.on_cpu or not memory_is_measured(settings.device):
+        if settings.on_cpu:
             continue
         peak = peak_bytes(settings.device, lambda pixels=pixels: _whole(pipeline, pixels, text, settings.steps))
         target = Target("<=", PUBLISHED_PEAK) if size == PUBLISHED_SIZE else None

@@ -13,7 +13,7 @@ from faithdiff_core.lq_encoder import LQEncoder, LQEncoderConfig
 from faithdiff_core.schedule import DEFAULT_CFG, sampling_sigmas
 
 from . import counts, host, models
-from .measure import Spread, interleaved, memory_is_measured, peak_bytes
+from .measure import Spread, interleaved, peak_bytes
 from .results import Result, Target, memory, timed
 from .rows_core import STEPS, TILED_SIZES
 from .rows_engine import composed
@@ -300,15 +300,14 @@ def _against_host(settings: Settings, row: str, case: str, works: dict[str, Any]
         peer,
         note="; ".join(part for part in (note, f"untiled {times['host untiled'].median * 1e3:.4g} ms") if part),
     )
-    if memory_is_measured(settings.device):
-        yield memory(
-            row,
-            case,
-            peak_bytes(settings.device, works["ours"]),
-            peak_bytes(settings.device, works["host"]),
-            peer,
-            note=note,
-        )
+    yield memory(
+        row,
+        case,
+        peak_bytes(settings.device, works["ours"]),
+        peak_bytes(settings.device, works["host"]),
+        peer,
+        note=note,
+    )
     mine, other = (Spread((_difference(works[name](), works[f"{name} untiled"]()),)) for name in ("ours", "host"))
     yield Result(
         row,

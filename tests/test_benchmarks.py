@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import counts, models, registry, rows_core, rows_engine
-from benchmarks.measure import Spread, interleaved, memory_is_measured, peak_bytes
+from benchmarks.measure import Spread, interleaved, peak_bytes
 from benchmarks.results import NOT_MEASURED, Report, Result, Target, missing, table, timed
 from benchmarks.settings import Settings
 from faithdiff_core.alignment import Alignment, AlignmentConfig, alignment_state, published_state
@@ -224,22 +222,17 @@ def test_sides_take_turns_after_a_warm_up() -> None:
     assert resting["b"].median < 0.05
 
 
-@pytest.mark.skipif(not memory_is_measured(CPU), reason="the system does not tell the process's memory")
-@pytest.mark.parametrize("heap_blocks", [2**20, 2**30], ids=["mapped", "from-the-heap"])
-def test_the_peak_is_what_was_held_at_once(heap_blocks: int) -> None:
-    """Whatever size of block others in this process have told the C library to take from its heap."""
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if option is not None:
-        option(-3, heap_blocks)
+def test_the_peak_is_what_was_held_at_once() -> None:
     mebi = 2**20
 
     def work() -> None:
         for _ in range(3):
             block = torch.ones(64 * mebi // 4)
-            time.sleep(0.02)
             del block
 
-    assert 60 * mebi < peak_bytes(CPU, work) < 100 * mebi
+    assert peak_bytes(CPU, work) == 64 * mebi
+    assert peak_bytes(CPU, lambda: [torch.ones(mebi), torch.ones(mebi)]) == 8 * mebi
+    assert peak_bytes(CPU, lambda: None) == 0
 
 
 def test_the_plot_is_a_picture(tmp_path: Path) -> None:
