@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithdiff_core.tiles import TileGrid
+from faithdiff_core.tiles import MIN_TILE, TileGrid
 
 from . import counts, models
 from .measure import Spread, Work, interleaved, peak_bytes
@@ -200,18 +200,17 @@ def tiles(settings: Settings) -> Iterator[Result]:
                 target=target,
                 note="; ".join(part for part in (reduced, f"crop and merge {merge.median * 1e3:.2g} ms") if part),
             )
-    smaller = tile // 2 if settings.quick and settings.on_cpu else tile
+    smaller = MIN_TILE if settings.quick and settings.on_cpu else tile
     yield from _batches(settings, unet, smaller)
 
 
 def _batches(settings: Settings, unet: Any, tile: int) -> Iterator[Result]:
-    batches = [n for n in TILE_BATCHES if n <= 2 or not (settings.quick and settings.on_cpu)]
-    inputs = {n: models.unet_inputs(2 * n, tile // SCALE, settings.device, settings.dtype) for n in batches}
+    inputs = {n: models.unet_inputs(2 * n, tile // SCALE, settings.device, settings.dtype) for n in TILE_BATCHES}
     with torch.inference_mode():
-        works = {str(n): lambda n=n: unet(**inputs[n]) for n in batches}
+        works = {str(n): lambda n=n: unet(**inputs[n]) for n in TILE_BATCHES}
         times = interleaved(settings, works)
     one = times["1"]
-    for n in batches[1:]:
+    for n in TILE_BATCHES[1:]:
         yield timed(
             "tiles",
             f"{n} tiles of {tile} px in one U-Net call, each",

@@ -487,7 +487,8 @@ class FaithDiffPipeline:
             got = "none" if features is None else tuple(features.shape)
             raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
         guided = cfg > 1
-        text = text.rows(batch, guided, self.device, self.dtype)
+        dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
+        text = text.rows(batch, guided, self.device, dtype)
         grid = TileGrid(height, width, tile, overlap)
         jobs = [(picture, part) for part in grid.tiles for picture in range(batch)]
         groups = [jobs[i : i + tile_batch] for i in range(0, len(jobs), tile_batch)]
@@ -511,8 +512,8 @@ class FaithDiffPipeline:
                 for group in groups:
                     if strength:
                         assert features is not None
-                        hook.condition = self._conditions(cache, features, group)
-                    eps = self._predict(model_input, t, group, text, grid)
+                        hook.condition = self._conditions(cache, features, group, dtype)
+                    eps = self._predict(model_input, t, group, text, grid, dtype)
                     if guided:
                         negative, positive = eps.chunk(2)
                         eps = negative + cfg * (positive - negative)
@@ -523,10 +524,12 @@ class FaithDiffPipeline:
                         progress("sample", done, total)
                 x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
         if not torch.isfinite(x).all():
-            raise NotFiniteError(f"Sampling gave values that are not finite in {self.dtype}; take bf16 or fp32.")
+            raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
         return x
 
-    def _conditions(self, cache: ConditionCache, features: Tensor, group: Sequence[tuple[int, Tile]]) -> Tensor:
+    def _conditions(
+        self, cache: ConditionCache, features: Tensor, group: Sequence[tuple[int, Tile]], dtype: torch.dtype
+    ) -> Tensor:
         """Embedded conditions of some tiles, one row for each.
 
         Each is embedded by itself, so a tile's condition does not depend on what is batched with it.
@@ -534,21 +537,27 @@ class FaithDiffPipeline:
 
         def embed(picture: int, tile: Tile) -> Tensor:
             crop = tile.crop(features[picture : picture + 1])
-            return self.alignment.embed(crop.to(self.device, self.dtype))
+            return self.alignment.embed(crop.to(self.device, dtype))
 
         return torch.cat([cache.get(job, partial(embed, *job)) for job in group])
 
     def _predict(
-        self, model_input: Tensor, t: Tensor, group: Sequence[tuple[int, Tile]], text: TextConditioning, grid: TileGrid
+        self,
+        model_input: Tensor,
+        t: Tensor,
+        group: Sequence[tuple[int, Tile]],
+        text: TextConditioning,
+        grid: TileGrid,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The U-Net's output for some tiles, float32; with guidance, the negative half comes first."""
         pictures = [picture for picture, _ in group]
         embeds, pooled = text.guided_rows(pictures)
         copies = len(embeds) // len(group)
         latents = torch.cat([tile.crop(model_input[picture : picture + 1]) for picture, tile in group])
-        time_ids = torch.tensor([grid.time_ids(tile) for _, tile in group], device=self.device, dtype=self.dtype)
+        time_ids = torch.tensor([grid.time_ids(tile) for _, tile in group], device=self.device, dtype=dtype)
         prediction: Tensor = self.sdxl.unet(
-            latents.to(self.dtype).repeat(copies, 1, 1, 1),
+            latents.to(dtype).repeat(copies, 1, 1, 1),
             t,
             encoder_hidden_states=embeds,
             added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.repeat(copies, 1)},
