@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithdiff_core.tiles import MIN_TILE, TileGrid
+from faithdiff_core.tiles import TileGrid
 
 from . import counts, models
 from .measure import Spread, Work, interleaved, peak_bytes
@@ -200,8 +200,7 @@ def tiles(settings: Settings) -> Iterator[Result]:
                 target=target,
                 note="; ".join(part for part in (reduced, f"crop and merge {merge.median * 1e3:.2g} ms") if part),
             )
-    smaller = MIN_TILE if settings.quick and settings.on_cpu else tile
-    yield from _batches(settings, unet, smaller)
+    yield from _batches(settings, unet, settings.loop_tile)
 
 
 def _batches(settings: Settings, unet: Any, tile: int) -> Iterator[Result]:

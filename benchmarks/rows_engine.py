@@ -88,6 +88,7 @@ def restoration(settings: Settings) -> Iterator[Result]:
                 "decode": lambda latent=latent: pipeline.decode(latent),
                 "colour": lambda pixels=pixels: fix_colors(pixels, pixels, "adain"),
             },
+            settings.close_rounds,
         )
         case = f"{size} px, {settings.dtype_name}"
         yield timed(
@@ -202,8 +203,8 @@ def published_loop(settings: Settings) -> Iterator[Result]:
     alignment = models.published_alignment(settings.device, settings.dtype)
     text = text_rows(settings)
     if settings.on_cpu:
-        smallest = min(settings.loop_sizes)
-        cases = [(smallest, smallest, None), (smallest * 3 // 2, smallest, None)]
+        tile = settings.loop_tile
+        cases = [(tile, tile, None), (tile * 3 // 2, tile, None)]
     else:
         cases = [(1024, 1024, Target("<=", 0.95)), (4096, 1024, Target("<=", 0.85))]
     for size, tile, target in cases:

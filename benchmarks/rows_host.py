@@ -118,6 +118,7 @@ def restoration(settings: Settings) -> Iterator[Result]:
                     "FaithDiffFinishImage", image=prepared, frame=frame, color_fix="adain"
                 ),
             },
+            settings.close_rounds,
         )
         case = f"{size} px, {settings.dtype_name}"
         yield timed(
@@ -144,7 +145,7 @@ def tiled(settings: Settings) -> Iterator[Result]:
     """Sampling in tiles through the nodes: time per tile against an untiled call of the tile's size."""
     running = host.start_host()
     _faithdiff(settings.dtype)
-    tile = min(settings.sizes) // 2 if settings.on_cpu else PUBLISHED_SIZE
+    tile = settings.loop_tile
     sizes = (tile * 3 // 2,) if settings.on_cpu else TILED_SIZES
 
     def features(size: int) -> Any:

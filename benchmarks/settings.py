@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from faithdiff_core.tiles import MIN_TILE
+
 SCALE = 8
 """Pixels per latent unit."""
 
@@ -48,6 +50,18 @@ class Settings:
     def loop_sizes(self) -> tuple[int, ...]:
         """Sizes for rows that sample: a quick run has time for half a side."""
         return (self.sizes[0] // 2,) if self.quick and self.on_cpu else self.sizes
+
+    @property
+    def loop_tile(self) -> int:
+        """Tile side for rows that sample in tiles."""
+        if not self.on_cpu:
+            return PUBLISHED_SIZE
+        return MIN_TILE if self.quick else max(MIN_TILE, min(self.sizes) // 2)
+
+    @property
+    def close_rounds(self) -> int:
+        """Rounds for ratios near 1, which two rounds of a quick run would not tell from chance."""
+        return max(self.repeats, 4)
 
     @property
     def dtype_name(self) -> str:
