@@ -74,6 +74,12 @@ def test_it_beats_lanczos_as_documented(
     assert [before[1], after[1]] == pytest.approx(documented[2:], abs=0.003)
 
 
+def test_the_readmes_picture_is_a_degraded_photograph(photographs: dict[str, Any]) -> None:
+    """New users restore it first. JPEG decoders may differ by a step."""
+    shown = np.asarray(Image.open(ROOT / "assets" / "noisy_cat.png")).astype(int)
+    assert np.abs(shown - np.asarray(photographs["chelsea"].low)).max() <= 2
+
+
 def test_the_documented_means_are_those_of_the_table() -> None:
     rows = _documented()
     mean = rows.pop("mean")
