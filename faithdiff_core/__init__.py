@@ -7,14 +7,21 @@ everything heavier is imported where it is used.
 
 from __future__ import annotations
 
-from .errors import FaithDiffError, MissingPackageError, PictureError, SettingsError, WeightsError  # isort: skip
+from .errors import (  # isort: skip
+    FaithDiffError,
+    MissingPackageError,
+    PictureError,
+    SettingsError,
+    WeightsError,
+    install_extra,
+)
 
 try:
     import torch  # noqa: F401
 except ModuleNotFoundError as error:
     raise MissingPackageError(
-        "FaithDiff needs PyTorch. Install the build for your card, then the extra `faithdiff[engine]` (ComfyUI brings "
-        "what its nodes need)."
+        f"FaithDiff needs PyTorch. Install the build for your card; then {install_extra('engine')}. ComfyUI brings "
+        f"what its nodes need."
     ) from error
 
 from .alignment import Alignment, AlignmentConfig

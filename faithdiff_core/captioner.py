@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .captions import CAPTION_PROMPT
-from .errors import MissingPackageError, PictureError, SettingsError, WeightsError
+from .errors import MissingPackageError, PictureError, SettingsError, WeightsError, install_extra
 
 MAX_NEW_TOKENS = 256
 """Tokens of a caption before trimming; LLaVA's detailed descriptions take about 150."""
@@ -156,7 +156,7 @@ def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_do
         from safetensors import SafetensorError
     except ImportError as error:
         raise MissingPackageError(
-            "Captioning needs transformers; install the extra `faithdiff[engine]` (ComfyUI brings it along)."
+            f"Captioning needs transformers, which ComfyUI brings along; outside of it, {install_extra('engine')}."
         ) from error
     _check_version(transformers.__version__)
     name = str(model)
@@ -207,7 +207,7 @@ def _check_version(version: str) -> None:
         oldest = ".".join(str(number) for number in OLDEST_TRANSFORMERS)
         raise MissingPackageError(
             f"Captioning needs transformers {oldest} or later, and {version} is installed. Install ComfyUI's "
-            f"requirements again, or the extra `faithdiff[engine]`."
+            f"requirements again; outside of ComfyUI, {install_extra('engine')}."
         )
 
 

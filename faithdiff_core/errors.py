@@ -29,3 +29,11 @@ class MissingPackageError(FaithDiffError):
 
 class NotFiniteError(FaithDiffError):
     """A model overflowed: its result has values that are NaN or infinite."""
+
+
+def install_extra(name: str) -> str:
+    """In words, how to install what an extra of pyproject.toml brings; for messages of `MissingPackageError`.
+
+    From the folder, and not by the package's name: this project is on no package index.
+    """
+    return f'install the extra `{name}` (`pip install ".[{name}]"` in FaithDiff\'s folder)'

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import MissingPackageError, PictureError, SettingsError
+from .errors import MissingPackageError, PictureError, SettingsError, install_extra
 from .pictures import READ_SUFFIXES, load_picture
 
 FULL_REFERENCE = ("psnr", "ssim", "lpips")
@@ -103,9 +103,7 @@ def available_metrics(names: Sequence[str], device: str) -> tuple[dict[str, Metr
             try:
                 import skimage.metrics  # noqa: F401
             except ImportError as error:
-                raise MissingPackageError(
-                    f"{name} needs scikit-image; install the extra `faithdiff[metrics]`."
-                ) from error
+                raise MissingPackageError(f"{name} needs scikit-image; {install_extra('metrics')}.") from error
             own = psnr if name == "psnr" else ssim
             found[name] = lambda result, reference, own=own: own(result, _needed(reference))  # type: ignore[misc]
             continue
@@ -130,7 +128,7 @@ def _pyiqa_metric(name: str, device: str) -> Metric:
     try:
         import pyiqa
     except ImportError as error:
-        raise MissingPackageError("pyiqa is not installed; install the extra `faithdiff[metrics]`") from error
+        raise MissingPackageError(f"pyiqa is not installed; {install_extra('metrics')}") from error
     import torch
 
     metric: Any = pyiqa.create_metric(name, device=device)

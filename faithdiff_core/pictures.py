@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import MissingPackageError, PictureError, SettingsError
+from .errors import MissingPackageError, PictureError, SettingsError, install_extra
 from .tiles import LATENT_SCALE
 
 if TYPE_CHECKING:
@@ -434,8 +434,8 @@ def _read_with_opencv(path: Path) -> np.ndarray:
         import cv2
     except ImportError as error:
         raise MissingPackageError(
-            f"{path.name} has 16-bit colours, for which opencv-python-headless is needed: "
-            f"pip install 'faithdiff[engine]'. Or save it with 8 bits."
+            f"{path.name} has 16-bit colours, for which opencv-python-headless is needed: {install_extra('engine')}, "
+            f"or save it with 8 bits."
         ) from error
     import numpy as np
 

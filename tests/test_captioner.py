@@ -295,7 +295,7 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch, folders: dict[str
 @pytest.mark.parametrize("version", ["4.49.0", "4.9.2", "3.5.1"])
 def test_with_an_old_transformers(monkeypatch: pytest.MonkeyPatch, folders: dict[str, Path], version: str) -> None:
     monkeypatch.setattr("transformers.__version__", version)
-    with pytest.raises(MissingPackageError, match=rf"4\.50 or later.*{version}.*faithdiff\[engine\]"):
+    with pytest.raises(MissingPackageError, match=rf"4\.50 or later.*{version}.*\.\[engine\]"):
         load_captioner(folders["llava"])
 
 

@@ -80,8 +80,8 @@ def test_commands_where_only_comfyui_is_installed(files: dict[str, str], tmp_pat
     ):
         assert code == 1
         assert package in text
-        assert f"faithdiff[{extra}]" in text
-    assert "faithdiff[metrics]" in lpips[1]
+        assert f'".[{extra}]"' in text
+    assert '".[metrics]"' in lpips[1]
 
 
 def test_commands_where_only_torch_is_installed(files: dict[str, str], tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_commands_where_only_torch_is_installed(files: dict[str, str], tmp_path:
         last = text.splitlines()[-1]
         assert code == 1, words
         assert last.startswith("error: "), last
-        assert f"faithdiff[{extra}]" in last, last
+        assert f'".[{extra}]"' in last, last
 
 
 def test_the_package_without_torch() -> None:
     done = run_without(("torch",), "import faithdiff_core.cli")
     assert done.returncode == 1
     assert "MissingPackageError: FaithDiff needs PyTorch." in done.stderr.splitlines()[-1]
-    assert "faithdiff[engine]" in done.stderr.splitlines()[-1]
+    assert '".[engine]"' in done.stderr.splitlines()[-1]
 
 
 def test_an_import_of_our_own_that_fails_is_no_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:

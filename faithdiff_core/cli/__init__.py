@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FaithDiffError, SettingsError
+from ..errors import FaithDiffError, SettingsError, install_extra
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -85,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if wanted not in COMMANDS or (error.name or "").startswith(__package__.split(".")[0]):
             raise
         sys.stderr.write(
-            f"error: `{wanted}` needs the package {error.name}, which is not installed; install the extra "
-            f"`faithdiff[{COMMANDS[wanted].extra}]`.\n"
+            f"error: `{wanted}` needs the package {error.name}, which is not installed; "
+            f"{install_extra(COMMANDS[wanted].extra)}.\n"
         )
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..errors import MissingPackageError, SettingsError, WeightsError
+from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 
 DEFAULT_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 """Where the configuration of single-file checkpoints is looked up unless a folder is given."""
@@ -44,8 +44,7 @@ def require_diffusers() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
-            f"Restoring pictures outside ComfyUI needs the package {error.name}. Install the engine's packages with "
-            f"`pip install 'faithdiff[engine]'`."
+            f"Restoring pictures outside ComfyUI needs the package {error.name}; {install_extra('engine')}."
         ) from error
 
 

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import MissingPackageError, PictureError, SettingsError
+from ..errors import MissingPackageError, PictureError, SettingsError, install_extra
 from ..pictures import READ_SUFFIXES, load_picture
 from ..schedule import TRAIN_STEPS
 from .config import DataConfig
@@ -166,7 +166,7 @@ class DatasetsSource:
             import datasets
         except ImportError as error:
             raise MissingPackageError(
-                "`huggingface` data sets need the `datasets` library; install the extra `faithdiff[train]`."
+                f"`huggingface` data sets need the `datasets` library; {install_extra('train')}."
             ) from error
         assert config.huggingface is not None
         self.config = config

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import MissingPackageError, SettingsError
+from ..errors import MissingPackageError, SettingsError, install_extra
 from ..schedule import alphas_cumprod, leading_timesteps, sampling_sigmas
 from .config import StageConfig, TrainConfig
 from .data import SampleSettings, StepBatches, TrainingSet, collate, open_source, usable_entries, validation_pairs
@@ -102,13 +102,13 @@ def train(config: TrainConfig) -> Outcome:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration, set_seed
     except ImportError as error:
-        raise MissingPackageError("Training needs accelerate; install the extra `faithdiff[train]`.") from error
+        raise MissingPackageError(f"Training needs accelerate; {install_extra('train')}.") from error
     if config.tensorboard:
         try:
             import tensorboard  # noqa: F401
         except ImportError as error:
             raise MissingPackageError(
-                "`tensorboard: true` needs tensorboard; install the extra `faithdiff[train]`, or set it to false."
+                f"`tensorboard: true` needs tensorboard; {install_extra('train')}, or set it to false."
             ) from error
     source = open_source(config.data)
     entries = usable_entries(source, config.data)

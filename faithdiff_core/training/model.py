@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..alignment import Alignment, AlignmentConfig, published_state
 from ..engine.sampling import AlignmentHook
-from ..errors import MissingPackageError, SettingsError, WeightsError
+from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 from ..lq_encoder import LQEncoder, LQEncoderConfig
 from ..weights import ENCODER_PREFIX, read_faithdiff
 from .config import LoraConfig, StageConfig
@@ -131,7 +131,7 @@ def add_lora(unet: Any, config: LoraConfig) -> None:
     try:
         import peft
     except ImportError as error:
-        raise MissingPackageError("LoRA needs peft; install the extra `faithdiff[train]`.") from error
+        raise MissingPackageError(f"LoRA needs peft; {install_extra('train')}.") from error
     try:
         unet.add_adapter(
             peft.LoraConfig(
@@ -268,9 +268,7 @@ def load_models(base: Path, init: Path | None) -> tuple[FaithDiffModel, Frozen]:
     try:
         from diffusers import StableDiffusionXLPipeline
     except ImportError as error:
-        raise MissingPackageError(
-            "Training needs diffusers and transformers; install the extra `faithdiff[train]`."
-        ) from error
+        raise MissingPackageError(f"Training needs diffusers and transformers; {install_extra('train')}.") from error
     if not (base / "model_index.json").is_file():
         raise WeightsError(
             f"{base} is not a diffusers folder (it has no model_index.json). Give the folder of an SDXL model."

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import MissingPackageError, SettingsError
+from ..errors import MissingPackageError, SettingsError, install_extra
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise MissingPackageError("Configurations are YAML; install the extra `faithdiff[train]` (PyYAML).") from error
+        raise MissingPackageError(f"Configurations are YAML, which needs PyYAML; {install_extra('train')}.") from error
     if not path.is_file():
         raise SettingsError(f"There is no configuration {path}. Check the name and the folder.")
     try:
