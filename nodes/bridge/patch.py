@@ -12,7 +12,7 @@ compiled (the cache, the look for an interruption) happens outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -154,12 +154,14 @@ class AlignmentPatch:
         others_first = transformer_options["patches"]["input_block_patch"][0] is not self
         shared = first is not None and plan.shareable and not others_first and all(chunk == first for chunk in chunks)
         each = rows // len(chunks)
-        conditions: list[Tensor | None] = []
-        for i, chunk in enumerate(chunks):
-            if chunk is None or chunk.strength == 0.0:
-                conditions.append(None)
-            else:
-                conditions.append(conditions[0] if shared and i else self._condition(chunk, each, device, dtype))
+        conditions: list[Tensor | None]
+        if shared and first is not None:
+            conditions = [self._condition(first, each, device, dtype)] * len(chunks)
+        else:
+            conditions = [
+                None if chunk is None or chunk.strength == 0.0 else self._condition(chunk, each, device, dtype)
+                for chunk in chunks
+            ]
         strengths = tuple(0.0 if chunk is None else chunk.strength for chunk in chunks)
         return LQRows(tuple(conditions), strengths, shared)
 
@@ -203,8 +205,7 @@ def apply_model(
     def run() -> Tensor:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **arguments)
 
-    patches = transformer_options.get("patches", {}).get("input_block_patch", [])
-    patch = next((patch for patch in patches if isinstance(patch, AlignmentPatch)), None)
+    patch = _patch_among(transformer_options)
     if patch is None:
         return run()
     dtype = executor.class_obj.get_dtype_inference()  # type: ignore[attr-defined]
@@ -220,18 +221,18 @@ def apply_model(
 
 def find_patch(model: ModelPatcher) -> AlignmentPatch | None:
     """The alignment patch of a MODEL, if it has one."""
-    patches = _input_block_patches(model)
-    return next((patch for patch in patches if isinstance(patch, AlignmentPatch)), None)
+    return _patch_among(model.model_options["transformer_options"])
 
 
 def set_patch(model: ModelPatcher, patch: AlignmentPatch) -> None:
     """Put an alignment on a MODEL of one's own (a clone); one that is there is replaced."""
     patches: dict[str, list[Any]] = model.model_options["transformer_options"].setdefault("patches", {})
-    others = [other for other in _input_block_patches(model) if not isinstance(other, AlignmentPatch)]
+    others = [other for other in patches.get("input_block_patch", []) if not isinstance(other, AlignmentPatch)]
     # In front of the others: what they see is then what follows the alignment in the published model, and rows are
     # known to be equal where the alignment looks at them.
     patches["input_block_patch"] = [patch, *others]
 
 
-def _input_block_patches(model: ModelPatcher) -> Iterable[Any]:
-    return model.model_options["transformer_options"].get("patches", {}).get("input_block_patch", [])
+def _patch_among(transformer_options: dict[str, Any]) -> AlignmentPatch | None:
+    patches = transformer_options.get("patches", {}).get("input_block_patch", [])
+    return next((patch for patch in patches if isinstance(patch, AlignmentPatch)), None)
