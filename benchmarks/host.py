@@ -59,17 +59,17 @@ VAE_CONFIG: dict[str, Any] = {
 """SDXL's VAE in the host's terms."""
 
 
-def _harness() -> Any:
-    """The module that runs the host for the tests."""
-    folder = str(REPO / "tests" / "host")
+def _comfy_host() -> Any:
+    """The package that runs ComfyUI for tests and benchmarks."""
+    folder = str(REPO / "tools")
     if folder not in sys.path:
         sys.path.append(folder)
-    return importlib.import_module("harness")
+    return importlib.import_module("comfy_host")
 
 
 def find_host() -> Path | None:
     """The ComfyUI folder, or None: $COMFYUI_PATH, ~/comfy/ComfyUI, or the one that this pack lies in."""
-    path: Path | None = _harness().find_host()
+    path: Path | None = _comfy_host().find_host()
     return path
 
 
@@ -92,7 +92,7 @@ def start_host() -> Any:
     path = find_host()
     if path is None:
         raise FileNotFoundError("No ComfyUI found; set COMFYUI_PATH.")
-    host = _harness().Host(path, _base())
+    host = _comfy_host().Host(path, _base())
     _module("comfy.utils").set_progress_bar_enabled(False)
     write_faithdiff(host.base / "models" / "faithdiff" / ADAPTER, None)
     return host
@@ -125,7 +125,7 @@ def sdxl_vae(dtype: torch.dtype, channels: int = VAE_CONFIG["ch"]) -> Any:
     config = VAE_CONFIG | {"ch": channels}
     autoencoder = _module("comfy.ldm.models.autoencoder").AutoencoderKL(embed_dim=4, ddconfig=dict(config))
     models.randomize(autoencoder, 4)
-    # Within the range of pictures; the host clamps what lies outside, and differences would vanish or saturate there.
+    # Within the range of images; the host clamps what lies outside, and differences would vanish or saturate there.
     with torch.no_grad():
         autoencoder.decoder.conv_out.weight.mul_(0.1)
     return _module("comfy.sd").VAE(

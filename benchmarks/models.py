@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faithdiff_core.alignment import QUICK_GELU, Alignment, AlignmentConfig
-from faithdiff_core.lq_encoder import NORM_EPS, NORM_GROUPS, LQEncoder, LQEncoderConfig
-from faithdiff_core.unet_layout import SDXL_CHANNELS, SDXL_CROSS_ATTENTION
+from faithdiff_core.models.alignment import QUICK_GELU, Alignment, AlignmentConfig
+from faithdiff_core.models.lq_encoder import NORM_EPS, NORM_GROUPS, LQEncoder, LQEncoderConfig
+from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION
 
 ALIGNMENT = AlignmentConfig(
     feature_channels=512, condition_channels=320, unet_channels=320, mlp_channels=1280, layers=2

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithdiff_core.tiles import TileGrid
+from faithdiff_core.tiling.grid import TileGrid
 
 from . import counts, models
 from .measure import Spread, Work, interleaved, peak_bytes
@@ -22,7 +22,7 @@ STEPS = 20
 TILED_SIZES = (2048, 4096, 8192)
 TILE_BATCHES = (1, 2, 4, 8)
 MOST_TILES = 16
-"""Tiles of a large picture that are timed, spread evenly; all cost the same."""
+"""Tiles of a large image that are timed, spread evenly; all cost the same."""
 
 
 @cache

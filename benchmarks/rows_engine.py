@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithdiff_core.color import fix_colors
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning, make_scheduler
-from faithdiff_core.schedule import DEFAULT_CFG, StartPoint
-from faithdiff_core.tiles import TileGrid, gaussian_weights
+from faithdiff_core.images.color import fix_colors
+from faithdiff_core.sampling.schedule import DEFAULT_CFG, StartPoint
+from faithdiff_core.tiling.grid import TileGrid, gaussian_weights
 
 from . import models
 from .measure import Spread, held_bytes, interleaved, peak_bytes

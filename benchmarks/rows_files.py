@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from faithdiff_core.convert import convert
-from faithdiff_core.unet_layout import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, SDXL_DEPTHS, UNetConfig
-from faithdiff_core.weights import ENCODER_PREFIX, read_faithdiff
+from faithdiff_core.weights.conversion import convert
+from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX, read_faithdiff
+from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, SDXL_DEPTHS, UNetConfig
 
 from . import models
 from .host import REPO, find_host

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faithdiff_core.lq_encoder import LQEncoder, LQEncoderConfig
-from faithdiff_core.schedule import DEFAULT_CFG, sampling_sigmas
+from faithdiff_core.models.lq_encoder import LQEncoder, LQEncoderConfig
+from faithdiff_core.sampling.schedule import DEFAULT_CFG, sampling_sigmas
 
 from . import counts, host, models
 from .measure import Spread, interleaved, peak_bytes
@@ -90,8 +90,8 @@ def restoration(settings: Settings) -> Iterator[Result]:
     faithdiff = _faithdiff(settings.dtype)[1]
     vae = host.sdxl_vae(settings.vae_dtype)
     for size in settings.loop_sizes:
-        picture = torch.rand(1, size // 2, size // 2, 3)
-        prepared, frame = running.call("FaithDiffPrepareImage", image=picture, scale_by=2.0, longest_side=0, multiple=8)
+        image = torch.rand(1, size // 2, size // 2, 3)
+        prepared, frame = running.call("FaithDiffPrepareImage", image=image, scale_by=2.0, longest_side=0, multiple=8)
 
         def encode(prepared: Tensor = prepared) -> Any:
             return running.call(
@@ -105,8 +105,8 @@ def restoration(settings: Settings) -> Iterator[Result]:
             {
                 "ours": lambda features=features: _restored(running, settings, features, settings.steps),
                 "plain": lambda size=size: _plain(running, settings, base, size, settings.steps),
-                "prepare": lambda picture=picture: running.call(
-                    "FaithDiffPrepareImage", image=picture, scale_by=2.0, longest_side=0, multiple=8
+                "prepare": lambda image=image: running.call(
+                    "FaithDiffPrepareImage", image=image, scale_by=2.0, longest_side=0, multiple=8
                 ),
                 "LQ encode": encode,
                 "VAE encode": lambda prepared=prepared: running.call("VAEEncode", pixels=prepared, vae=vae),
@@ -149,7 +149,7 @@ def tiled(settings: Settings) -> Iterator[Result]:
     sizes = (tile * 3 // 2,) if settings.on_cpu else TILED_SIZES
 
     def features(size: int) -> Any:
-        types = running.pack_module("nodes.bridge.types")
+        types = running.pack_module("nodes.bridge.graph_types")
         side = size // SCALE
         return types.LQFeatures(torch.randn(1, models.ALIGNMENT.feature_channels, side, side, dtype=settings.vae_dtype))
 
@@ -264,7 +264,7 @@ def vae(settings: Settings) -> Iterator[Result]:
     config = LQEncoderConfig(tuple(channels * n for n in host.VAE_CONFIG["ch_mult"]), 2)
     encoder = LQEncoder(config, dtype=dtype, device=settings.device)
     models.randomize(encoder, 2)
-    # Smooth, as pictures are: white noise has no large scale.
+    # Smooth, as images are: white noise has no large scale.
     low = torch.rand(1, 3, size // 32, size // 32)
     pixels = torch.nn.functional.interpolate(low, (size, size), mode="bicubic").clamp(0, 1)
     image = pixels.movedim(1, -1).contiguous()

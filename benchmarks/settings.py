@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from faithdiff_core.tiles import MIN_TILE
+from faithdiff_core.tiling.grid import MIN_TILE
 
 SCALE = 8
 """Pixels per latent unit."""
@@ -23,7 +23,7 @@ class Settings:
     Attributes:
         device: `cpu`, `cuda` or `mps`.
         dtype: what the models compute in.
-        sizes: picture sides in pixels, multiples of 8.
+        sizes: image sides in pixels, multiples of 8.
         steps: sampling steps.
         repeats: how often each side of a comparison is measured, after one warm-up.
         quick: reduced sizes, for a run of a few minutes.

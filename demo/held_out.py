@@ -1,6 +1,6 @@
 """The held-out photographs, degraded and restored: the table of docs/demo_model.md.
 
-`python demo/held_out.py` writes the table to standard output, and the pictures to a folder if one is given.
+`python demo/held_out.py` writes the table to standard output, and the images to a folder if one is given.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from faithdiff_core.evaluate import psnr, ssim
-from faithdiff_core.training.data import enlarge, open_picture
-from faithdiff_core.training.degradation import DegradationConfig, degrade, to_picture, to_tensor
-from faithdiff_core.training.settings import build, read_yaml
+from faithdiff_core.evaluation.metrics import psnr, ssim
+from faithdiff_core.training.data import enlarge, open_image
+from faithdiff_core.training.degradation import DegradationConfig, degrade, to_image, to_tensor
+from faithdiff_core.training.yaml_config import build, read_yaml
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,12 +47,12 @@ def held_out(names: tuple[str, ...] = HELD_OUT) -> Iterator[HeldOut]:
 
     config = build(DegradationConfig, read_yaml(HERE / "degradation.yaml"))
     for name in names:
-        picture = open_picture(Path(skimage.__file__).parent / "data" / name)
-        whole = tuple(side // config.scale * config.scale for side in picture.size)
-        picture = picture.crop((0, 0, *whole))
+        image = open_image(Path(skimage.__file__).parent / "data" / name)
+        whole = tuple(side // config.scale * config.scale for side in image.size)
+        image = image.crop((0, 0, *whole))
         stem = Path(name).stem
-        low = degrade(picture, config, np.random.default_rng([0, *stem.encode()]))
-        yield HeldOut(stem, picture, low, enlarge(low, picture.size))
+        low = degrade(image, config, np.random.default_rng([0, *stem.encode()]))
+        yield HeldOut(stem, image, low, enlarge(low, image.size))
 
 
 def load_pipeline() -> Any:
@@ -64,15 +64,15 @@ def load_pipeline() -> Any:
 
 
 def restore(pipeline: Any, low: Image.Image, **changes: Any) -> Image.Image:
-    """Restore a picture with the settings of demo/restore.yaml, or changed ones."""
+    """Restore an image with the settings of demo/restore.yaml, or changed ones."""
     settings = read_yaml(HERE / "restore.yaml") | changes
-    return to_picture(pipeline(to_tensor(low)[None], **settings)[0])
+    return to_image(pipeline(to_tensor(low)[None], **settings)[0])
 
 
 def main() -> int:
     """Write the table."""
     parser = argparse.ArgumentParser(description="Score the demo model on the held-out photographs.")
-    parser.add_argument("-o", "--output", type=Path, help="folder for the pictures: low quality | restored | original")
+    parser.add_argument("-o", "--output", type=Path, help="folder for the images: low quality | restored | original")
     args = parser.parse_args()
     pipeline = load_pipeline()
     rows = []

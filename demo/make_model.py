@@ -1,9 +1,9 @@
 """Make the demo model from nothing: `python demo/make_model.py`.
 
 Steps, each skipped if its result is in the work folder already:
-  1. pictures: photographs of installed packages and generated pictures, with captions, into WORK/pictures;
+  1. images: photographs of installed packages and generated images, with captions, into WORK/images;
   2. vae: a small VAE, trained to reproduce crops, and its decoder for longer;
-  3. base: text encoders with fixed random weights, and a small SDXL U-Net, trained on the pictures' latents;
+  3. base: text encoders with fixed random weights, and a small SDXL U-Net, trained on the images' latents;
   4. train: stages 1 and 2 with `faithdiff_core.training`, as demo/train.yaml has it;
   5. model: everything in half precision into demo/model.
 """
@@ -24,16 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from pictures import find_photographs, generated_picture, load_photograph
+from photographs import find_photographs, generated_image, load_photograph
 from torch import Tensor, nn
 
-from faithdiff_core.color import wavelet
-from faithdiff_core.schedule import LATENT_FACTOR, TRAIN_STEPS, alphas_cumprod
-from faithdiff_core.training.command import read_config
-from faithdiff_core.training.data import list_pictures, open_picture
+from faithdiff_core.cli.train import read_config
+from faithdiff_core.images.color import wavelet
+from faithdiff_core.sampling.schedule import TRAIN_STEPS, VAE_SCALING_FACTOR, alphas_cumprod
+from faithdiff_core.training.data import list_images, open_image
 from faithdiff_core.training.loop import train
 from faithdiff_core.training.model import time_ids
-from faithdiff_core.training.settings import read_yaml
+from faithdiff_core.training.yaml_config import read_yaml
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,34 +42,34 @@ PHOTO_CAPTION, DRAWING_CAPTION = "A photograph.", "A drawing."
 logger = logging.getLogger("make_model")
 
 
-def make_pictures(config: dict[str, Any], share: str, folder: Path) -> None:
-    """Write the training pictures with their captions."""
+def make_images(config: dict[str, Any], share: str, folder: Path) -> None:
+    """Write the training images with their captions."""
     unfinished = folder.with_name("." + folder.name)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
 
-    def write(picture: Any, name: str, caption: str) -> None:
-        picture.save(unfinished / f"{name}.png")
+    def write(image: Any, name: str, caption: str) -> None:
+        image.save(unfinished / f"{name}.png")
         (unfinished / f"{name}.txt").write_text(caption)
 
     for index, path in enumerate(find_photographs(config["photographs"], share)):
         for side in config["long_sides"]:
             write(load_photograph(path, side), f"photo-{index:03d}-{side}", PHOTO_CAPTION)
     for index in range(config["generated"]):
-        write(generated_picture(config["seed"] + index), f"drawing-{index:03d}", DRAWING_CAPTION)
+        write(generated_image(config["seed"] + index), f"drawing-{index:03d}", DRAWING_CAPTION)
     unfinished.rename(folder)
 
 
-def crops(pictures: list[np.ndarray], size: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Random crops without end, (batch, 3, size, size) in [-1, 1]; large pictures come more often."""
+def crops(images: list[np.ndarray], size: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Random crops without end, (batch, 3, size, size) in [-1, 1]; large images come more often."""
     rng = np.random.default_rng(seed)
-    weights = np.array([math.sqrt(p.shape[0] * p.shape[1]) for p in pictures])
+    weights = np.array([math.sqrt(p.shape[0] * p.shape[1]) for p in images])
     while True:
         out = []
-        for index in rng.choice(len(pictures), batch, p=weights / weights.sum()):
-            picture = pictures[index]
-            top, left = (int(rng.integers(0, side - size + 1)) for side in picture.shape[:2])
-            crop = picture[top : top + size, left : left + size]
+        for index in rng.choice(len(images), batch, p=weights / weights.sum()):
+            image = images[index]
+            top, left = (int(rng.integers(0, side - size + 1)) for side in image.shape[:2])
+            crop = image[top : top + size, left : left + size]
             out.append(crop[:, ::-1] if rng.random() < 0.5 else crop)
         yield torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -109,7 +109,7 @@ def precision(settings: dict[str, Any]) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16, enabled=settings["precision"] == "bf16")
 
 
-def make_vae(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -> list[tuple[int, float]]:
+def make_vae(config: dict[str, Any], images: list[np.ndarray], folder: Path) -> list[tuple[int, float]]:
     """Train the VAE, and make its latents' channels uncorrelated with SDXL's scale."""
     from diffusers import AutoencoderKL
 
@@ -122,10 +122,10 @@ def make_vae(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -
         layers_per_block=settings["layers_per_block"],
         latent_channels=4,
         sample_size=256,
-        scaling_factor=LATENT_FACTOR,
+        scaling_factor=VAE_SCALING_FACTOR,
         force_upcast=False,
     )
-    source = crops(pictures, settings["crop"], settings["batch"], config["seed"])
+    source = crops(images, settings["crop"], settings["batch"], config["seed"])
 
     def loss_of() -> Tensor:
         pixels = next(source)
@@ -143,14 +143,14 @@ def make_vae(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -
 def reconstruction_loss(result: Tensor, pixels: Tensor) -> Tensor:
     """Absolute and squared error of everything but the lowest frequencies, and a little of those.
 
-    The lowest frequencies come from the low-quality picture in the wavelet colour correction, and would be lost: at 32
+    The lowest frequencies come from the low-quality image in the wavelet colour correction, and would be lost: at 32
     channels, the decoder's last norm has one channel in each group, and takes away its mean.
     """
     error = wavelet(result, pixels) - pixels
     return error.abs().mean() + 3 * error.square().mean() + 0.05 * (result - pixels).abs().mean()
 
 
-def refine_decoder(config: dict[str, Any], pictures: list[np.ndarray], folder: Path) -> list[tuple[int, float]]:
+def refine_decoder(config: dict[str, Any], images: list[np.ndarray], folder: Path) -> list[tuple[int, float]]:
     """Train the VAE's decoder on, with a little noise such as sampling leaves; the latents stay as they are."""
     from diffusers import AutoencoderKL
 
@@ -158,14 +158,14 @@ def refine_decoder(config: dict[str, Any], pictures: list[np.ndarray], folder: P
     vae = AutoencoderKL.from_pretrained(folder)
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
-    source = crops(pictures, settings["crop"], settings["batch"], config["seed"] + 77)
+    source = crops(images, settings["crop"], settings["batch"], config["seed"] + 77)
 
     def loss_of() -> Tensor:
         pixels = next(source)
         with precision(settings):
             with torch.no_grad():
                 mean = vae.encode(pixels).latent_dist.mean.float()
-            result = vae.decode(mean + 0.05 / LATENT_FACTOR * torch.randn_like(mean)).sample.float()
+            result = vae.decode(mean + 0.05 / VAE_SCALING_FACTOR * torch.randn_like(mean)).sample.float()
         return reconstruction_loss(result, pixels)
 
     log = fit(vae, settings["decoder"], loss_of, "decoder")
@@ -182,7 +182,7 @@ def whiten(vae: Any, pixels: Tensor) -> None:
     channels = vae.config.latent_channels
     mean = vae.encode(pixels).latent_dist.mean.movedim(1, -1).reshape(-1, channels).double()
     values, vectors = torch.linalg.eigh(torch.cov(mean.T))
-    to_white = (vectors / values.sqrt()).T / LATENT_FACTOR
+    to_white = (vectors / values.sqrt()).T / VAE_SCALING_FACTOR
     centre = mean.mean(0)
     quant, post = vae.quant_conv, vae.post_quant_conv
     weight, bias = quant.weight[:, :, 0, 0].double(), quant.bias.double()
@@ -238,7 +238,7 @@ def make_text_encoder(settings: dict[str, Any], seed: int, projected: bool) -> A
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
 
 
-def make_base(config: dict[str, Any], pictures: dict[str, np.ndarray], vae_folder: Path, folder: Path) -> list[Any]:
+def make_base(config: dict[str, Any], images: dict[str, np.ndarray], vae_folder: Path, folder: Path) -> list[Any]:
     """Train the plain U-Net, and write an SDXL model as a diffusers folder."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
@@ -285,9 +285,9 @@ def make_base(config: dict[str, Any], pictures: dict[str, np.ndarray], vae_folde
             captions, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         latents = []
-        for name, array in pictures.items():
+        for name, array in images.items():
             pixels = torch.tensor(array[: array.shape[0] // 8 * 8, : array.shape[1] // 8 * 8]).permute(2, 0, 1)
-            encoded = vae.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0] * LATENT_FACTOR
+            encoded = vae.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0] * VAE_SCALING_FACTOR
             latents.append((encoded, 1 if name.startswith("photo") else 2))
     rng = np.random.default_rng(config["seed"])
     abar = alphas_cumprod()
@@ -340,7 +340,7 @@ def assemble(base: Path, trained: Path, folder: Path, config: dict[str, Any], lo
 def main() -> int:
     """Run the steps that are still to do."""
     parser = argparse.ArgumentParser(description="Make demo/model from nothing.")
-    parser.add_argument("--config", type=Path, default=HERE / "model.yaml", help="pictures, VAE and U-Net")
+    parser.add_argument("--config", type=Path, default=HERE / "model.yaml", help="images, VAE and U-Net")
     parser.add_argument("--train", type=Path, default=HERE / "train.yaml", help="stages 1 and 2")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="folder for what the steps leave behind")
     parser.add_argument("--share", default="/usr/share", help="folder of the installed desktop backgrounds")
@@ -350,8 +350,8 @@ def main() -> int:
     config, work = read_yaml(args.config), args.work
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config["seed"])
-    if not (work / "pictures").is_dir():
-        make_pictures(config, args.share, work / "pictures")
+    if not (work / "images").is_dir():
+        make_images(config, args.share, work / "images")
 
     def logged(name: str, step: Callable[[], list[Any]]) -> list[Any]:
         """Run a step unless its log is there, which is written last."""
@@ -362,7 +362,7 @@ def main() -> int:
         return entries
 
     def arrays() -> dict[str, np.ndarray]:
-        return {f.stem: np.asarray(open_picture(f)) for f in list_pictures(work / "pictures")}
+        return {f.stem: np.asarray(open_image(f)) for f in list_images(work / "images")}
 
     logs = {"vae": logged("vae", lambda: make_vae(config, list(arrays().values()), work / "vae"))}
     logs["decoder"] = logged("decoder", lambda: refine_decoder(config, list(arrays().values()), work / "vae"))
@@ -372,7 +372,7 @@ def main() -> int:
         settings,
         base=work / "base",
         output=work / "train",
-        data=dataclasses.replace(settings.data, folder=work / "pictures"),
+        data=dataclasses.replace(settings.data, folder=work / "images"),
     )
 
     def stages() -> list[Any]:

@@ -19,7 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from held_out import HELD_OUT, held_out  # noqa: E402
 
 from faithdiff_core.cli import main as faithdiff  # noqa: E402
-from faithdiff_core.training.settings import read_yaml  # noqa: E402
+from faithdiff_core.training.yaml_config import read_yaml  # noqa: E402
 
 MODEL = HERE / "model"
 """The demo model: an SDXL model as a diffusers folder, with FaithDiff's file inside."""
@@ -31,19 +31,19 @@ WHAT_IT_SHOWS = """
 What this shows: the whole path from a damaged photograph to a restored one: FaithDiff's architecture, its schedule,
 its tiles, and the command that works on real models in the same way. The photograph was not among the training ones.
 What it cannot show: how well FaithDiff restores. The demo model is about a thousand times smaller than SDXL, has seen a
-few dozen pictures, and knows one kind of damage: strong noise at half the size. docs/demo_model.md has the figures.
+few dozen images, and knows one kind of damage: strong noise at half the size. docs/demo_model.md has the figures.
 For results like the paper's, take an SDXL checkpoint and FaithDiff.bin; the README says how.
 """
 
 
-def side_by_side(pictures: dict[str, Image.Image]) -> Image.Image:
-    """Pictures of one size in a row, with their captions below."""
+def side_by_side(images: dict[str, Image.Image]) -> Image.Image:
+    """Images of one size in a row, with their captions below."""
     gap, caption = 8, 20
-    width, height = next(iter(pictures.values())).size
-    sheet = Image.new("RGB", (len(pictures) * (width + gap) - gap, height + caption), "white")
+    width, height = next(iter(images.values())).size
+    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height + caption), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (name, picture) in enumerate(pictures.items()):
-        sheet.paste(picture, (i * (width + gap), 0))
+    for i, (name, image) in enumerate(images.items()):
+        sheet.paste(image, (i * (width + gap), 0))
         draw.text((i * (width + gap) + 4, height + 4), name, fill="black")
     return sheet
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = {Path(name).stem: name for name in HELD_OUT}
     parser.add_argument("--model", type=Path, default=MODEL, help="diffusers folder with faithdiff.safetensors in it")
     parser.add_argument("--photograph", choices=sorted(names), default="chelsea")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the pictures")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the images")
     args = parser.parse_args(arguments)
     if not (args.model / FAITHDIFF).is_file():
         sys.stderr.write(f"There is no demo model in {args.model}: {FAITHDIFF} is missing. See demo/make_model.py.\n")

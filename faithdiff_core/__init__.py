@@ -1,20 +1,13 @@
 """FaithDiff: faithful image super-resolution with SDXL (CVPR 2025).
 
-The parts of the method, without a host: modules, weights, tiles, schedule, colours, captions and pictures, and an
+The parts of the method, without a host: modules, weights, tiles, schedule, colours, captions and images, and an
 engine on diffusers with a command line (`python -m faithdiff_core`). Importing the package needs torch alone;
 everything heavier is imported where it is used.
 """
 
 from __future__ import annotations
 
-from .errors import (  # isort: skip
-    FaithDiffError,
-    MissingPackageError,
-    PictureError,
-    SettingsError,
-    WeightsError,
-    install_extra,
-)
+from .errors import FaithDiffError, ImageError, MissingPackageError, SettingsError, WeightsError, install_extra
 
 try:
     import torch  # noqa: F401
@@ -24,14 +17,14 @@ except ModuleNotFoundError as error:
         f"what its nodes need."
     ) from error
 
-from .alignment import Alignment, AlignmentConfig
-from .captions import trim_caption
-from .color import ColorFix, adain, fix_colors, wavelet
-from .convert import convert
-from .lq_encoder import LQEncoder, LQEncoderConfig
-from .schedule import StartPoint, leading_timesteps, sampling_sigmas, start_latent
-from .tiles import Tile, TileGrid, gaussian_weights
-from .weights import FaithDiffWeights, read_faithdiff
+from .captions.trim import trim_caption
+from .images.color import ColorFix, adain, fix_colors, wavelet
+from .models.alignment import Alignment, AlignmentConfig
+from .models.lq_encoder import LQEncoder, LQEncoderConfig
+from .sampling.schedule import StartPoint, leading_timesteps, sampling_sigmas, start_latent
+from .tiling.grid import Tile, TileGrid, gaussian_weights
+from .weights.conversion import convert
+from .weights.faithdiff_file import FaithDiffWeights, read_faithdiff
 
 __version__ = "0.1.0"
 
@@ -41,10 +34,10 @@ __all__ = [
     "ColorFix",
     "FaithDiffError",
     "FaithDiffWeights",
+    "ImageError",
     "LQEncoder",
     "LQEncoderConfig",
     "MissingPackageError",
-    "PictureError",
     "SettingsError",
     "StartPoint",
     "Tile",

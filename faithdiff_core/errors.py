@@ -19,8 +19,8 @@ class WeightsError(FaithDiffError):
     """A weights file is not what it should be: wrong kind, broken, incomplete or of another shape."""
 
 
-class PictureError(FaithDiffError):
-    """A picture cannot be read, or its size or layout cannot be worked with."""
+class ImageError(FaithDiffError):
+    """An image cannot be read, or its size or layout cannot be worked with."""
 
 
 class MissingPackageError(FaithDiffError):

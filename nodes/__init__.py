@@ -5,16 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .bridge.captioner import register_folder as register_captioner_folder
-from .captioner import FaithDiffCaption
+from .bridge.captioner_patcher import register_folder as register_captioner_folder
+from .caption import FaithDiffCaption
 from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
-from .demo import FaithDiffDemoModels
+from .demo_models import FaithDiffDemoModels
 from .loader import FaithDiffModelLoader, register_folder
 from .lq_encode import FaithDiffLQEncode
-from .pictures import FaithDiffFinishImage, FaithDiffPrepareImage
-from .sampling import FaithDiffSampler, FaithDiffTiledDiffusion
-from .vae import FaithDiffTiledVAEDecode
+from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
+from .sampler import FaithDiffSampler, FaithDiffTiledDiffusion
+from .vae_decode import FaithDiffTiledVAEDecode
 
 
 class FaithDiffExtension(ComfyExtension):

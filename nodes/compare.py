@@ -6,15 +6,15 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..faithdiff_core.errors import PictureError
-from ..faithdiff_core.pictures import resize_lanczos
+from ..faithdiff_core.errors import ImageError
+from ..faithdiff_core.images.geometry import resize_lanczos
 from .errors import named_errors
 
 MODES = ("slider", "side_by_side")
 
 
 class FaithDiffCompare(io.ComfyNode):
-    """Shows pictures before and after."""
+    """Shows images before and after."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,19 +22,19 @@ class FaithDiffCompare(io.ComfyNode):
             node_id="FaithDiffCompare",
             display_name="FaithDiff Compare",
             category="FaithDiff",
-            description="Shows the low-quality picture against the restored one, with ComfyUI's own slider or side by "
-            "side. Smaller `before` pictures are enlarged to the size of `after` (Lanczos).",
+            description="Shows the low-quality image against the restored one, with ComfyUI's own slider or side by "
+            "side. Smaller `before` images are enlarged to the size of `after` (Lanczos).",
             search_aliases=["faithdiff compare", "before after", "image compare", "slider"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("before", tooltip="The low-quality pictures: one for each of `after`, or one for all."),
-                io.Image.Input("after", tooltip="The restored pictures."),
+                io.Image.Input("before", tooltip="The low-quality images: one for each of `after`, or one for all."),
+                io.Image.Input("after", tooltip="The restored images."),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="slider: move the mouse over the picture (Nodes 2.0; the classic node design shows both "
-                    "pictures). side_by_side: both in one picture. The output is side by side in both.",
+                    tooltip="slider: move the mouse over the image (Nodes 2.0; the classic node design shows both "
+                    "images). side_by_side: both in one image. The output is side by side in both.",
                 ),
                 io.ImageCompare.Input("compare_view", optional=True),
             ],
@@ -63,9 +63,8 @@ def _matched(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (B, H, W, 3) of the size and number of `after`."""
     before, after = before[..., :3], after[..., :3]
     if before.shape[0] not in (1, after.shape[0]):
-        raise PictureError(
-            f"there are {before.shape[0]} pictures before and {after.shape[0]} after; give one for each, or one for "
-            "all."
+        raise ImageError(
+            f"there are {before.shape[0]} images before and {after.shape[0]} after; give one for each, or one for all."
         )
     height, width = after.shape[1:3]
     if before.shape[1:3] != after.shape[1:3]:

@@ -7,9 +7,9 @@ from typing import Any
 import node_helpers
 from comfy_api.latest import io
 
-from ..faithdiff_core.captions import SENTENCES, SKIP_WORDS, trim_caption
+from ..faithdiff_core.captions.trim import SENTENCES, SKIP_WORDS, trim_caption
 from ..faithdiff_core.errors import SettingsError
-from .bridge.types import CONDITION_KEY, LQCondition, LQFeatures, LQFeaturesType
+from .bridge.graph_types import CONDITION_KEY, LQCondition, LQFeatures, LQFeaturesType
 from .errors import named_errors
 
 Conditioning = list[list[Any]]
@@ -29,7 +29,7 @@ class FaithDiffConditioning(io.ComfyNode):
             node_id="FaithDiffConditioning",
             display_name="FaithDiff Conditioning",
             category="FaithDiff",
-            description="Adds the low-quality picture to the prompts, for any of ComfyUI's samplers (KSampler, "
+            description="Adds the low-quality image to the prompts, for any of ComfyUI's samplers (KSampler, "
             "SamplerCustomAdvanced, ...) together with the MODEL of FaithDiff Model Loader.",
             search_aliases=["faithdiff apply", "lq conditioning", "apply lq features"],
             inputs=[
@@ -46,7 +46,7 @@ class FaithDiffConditioning(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How strongly the picture acts. 1 as published, 0 off; lower gives the model more freedom.",
+                    tooltip="How strongly the image acts. 1 as published, 0 off; lower gives the model more freedom.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -54,7 +54,7 @@ class FaithDiffConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling (0 to 1) from which the picture acts.",
+                    tooltip="Part of the sampling (0 to 1) from which the image acts.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -62,7 +62,7 @@ class FaithDiffConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling (0 to 1) until which the picture acts.",
+                    tooltip="Part of the sampling (0 to 1) until which the image acts.",
                 ),
             ],
             outputs=[
@@ -85,7 +85,7 @@ class FaithDiffConditioning(io.ComfyNode):
             if start_percent > end_percent:
                 raise SettingsError(
                     f"start_percent must not be larger than end_percent, got {start_percent} and {end_percent}. "
-                    f"Exchange the two, or set strength to 0 to switch the picture off."
+                    f"Exchange the two, or set strength to 0 to switch the image off."
                 )
         condition = LQCondition(lq_features, strength, start_percent, end_percent)
         return io.NodeOutput(with_lq(positive, condition), with_lq(negative, condition))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..faithdiff_core.tiles import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
+from ..faithdiff_core.tiling.grid import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
 from .errors import complaint
 
 LARGEST_TILE = 16384

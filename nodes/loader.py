@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import folder_paths
 from comfy_api.latest import io
 
-from .bridge.models import WEIGHT_DTYPES, file_of, load_faithdiff
-from .bridge.types import FaithDiffType
+from .bridge.graph_types import FaithDiffType
+from .bridge.model_loading import WEIGHT_DTYPES, file_of, load_faithdiff
 from .errors import named_errors
 
 if TYPE_CHECKING:
@@ -44,8 +44,8 @@ class FaithDiffModelLoader(io.ComfyNode):
             node_id="FaithDiffModelLoader",
             display_name="FaithDiff Model Loader",
             category="FaithDiff",
-            description="Loads FaithDiff: a MODEL whose U-Net follows a low-quality picture through the alignment, and "
-            "the LQ encoder that reads the picture. Without LQ features the MODEL is an ordinary SDXL model.",
+            description="Loads FaithDiff: a MODEL whose U-Net follows a low-quality image through the alignment, and "
+            "the LQ encoder that reads the image. Without LQ features the MODEL is an ordinary SDXL model.",
             search_aliases=["faithdiff", "super resolution", "upscale", "restore", "load faithdiff", "alignment"],
             inputs=[
                 io.Combo.Input(
@@ -76,7 +76,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="With `model` connected: how far its U-Net is moved to FaithDiff's. 1 is FaithDiff's own "
-                    "weights (most faithful), 0 leaves yours (your style; follows the picture less). LoRAs keep their "
+                    "weights (most faithful), 0 leaves yours (your style; follows the image less). LoRAs keep their "
                     "full strength. No effect without `model` or with an `_adapter` file.",
                 ),
             ],

@@ -5,16 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..faithdiff_core.errors import PictureError
-from ..faithdiff_core.tiles import LATENT_SCALE, check_tile_size
-from .bridge.models import encode_lq
-from .bridge.types import FaithDiffModel, FaithDiffType, LQFeatures, LQFeaturesType
+from ..faithdiff_core.errors import ImageError
+from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR, check_tile_size
+from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeatures, LQFeaturesType
+from .bridge.model_loading import encode_lq
 from .errors import named_errors
 from .inputs import check_tiles, overlap_input, tile_size_input
 
 
 class FaithDiffLQEncode(io.ComfyNode):
-    """Encodes low-quality pictures."""
+    """Encodes low-quality images."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -22,19 +22,19 @@ class FaithDiffLQEncode(io.ComfyNode):
             node_id="FaithDiffLQEncode",
             display_name="FaithDiff LQ Encode",
             category="FaithDiff",
-            description="Reads what is in a low-quality picture, already enlarged to the final size, with FaithDiff's "
+            description="Reads what is in a low-quality image, already enlarged to the final size, with FaithDiff's "
             "LQ encoder. The result is needed once for all seeds, prompts and samplers.",
             search_aliases=["faithdiff encode", "lq encoder", "low quality features"],
             inputs=[
                 FaithDiffType.Input("faithdiff", tooltip="From FaithDiff Model Loader."),
                 io.Image.Input(
                     "pixels",
-                    tooltip="The enlarged low-quality picture, sides multiples of 8 pixels: what FaithDiff Prepare "
+                    tooltip="The enlarged low-quality image, sides multiples of 8 pixels: what FaithDiff Prepare "
                     "Image gives. An alpha channel is left out.",
                 ),
                 tile_size_input(
-                    "Pixels. Larger pictures are encoded in tiles of this side. Smaller tiles need less memory "
-                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the picture at a time."
+                    "Pixels. Larger images are encoded in tiles of this side. Smaller tiles need less memory "
+                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the image at a time."
                 ),
                 overlap_input(
                     "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.", 0.25
@@ -50,13 +50,13 @@ class FaithDiffLQEncode(io.ComfyNode):
         return check_tiles(tile_size, overlap)
 
     @classmethod
-    def execute(cls, faithdiff: FaithDiffModel, pixels: Tensor, tile_size: int, overlap: float) -> io.NodeOutput:
+    def execute(cls, faithdiff: AdapterModels, pixels: Tensor, tile_size: int, overlap: float) -> io.NodeOutput:
         with named_errors("FaithDiff LQ Encode"):
             check_tile_size(tile_size)
             height, width = pixels.shape[1:3]
-            if height % LATENT_SCALE or width % LATENT_SCALE:
-                raise PictureError(
-                    f"the sides of `pixels` must be multiples of {LATENT_SCALE}, got {width} x {height}. Send the "
-                    "picture through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
+            if height % VAE_SCALE_FACTOR or width % VAE_SCALE_FACTOR:
+                raise ImageError(
+                    f"the sides of `pixels` must be multiples of {VAE_SCALE_FACTOR}, got {width} x {height}. Send the "
+                    "image through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
                 )
             return io.NodeOutput(LQFeatures(encode_lq(faithdiff, pixels, tile_size, overlap)))

@@ -1,8 +1,8 @@
-"""Draw workflows/*.jpg, the pictures of the template browser.
+"""Draw workflows/*.jpg, the images of the template browser.
 
     python scripts/build_thumbnails.py
 
-The photographs were held out when the demo model was trained, and are restored by it, as the corner of each picture
+The photographs were held out when the demo model was trained, and are restored by it, as the corner of each image
 says; what is written on them tells the workflows apart.
 """
 
@@ -54,7 +54,7 @@ def _photograph(name: str) -> tuple[Image.Image, Image.Image]:
 
 def split(name: str, side: int = SIDE) -> Image.Image:
     """Half low quality, half restored."""
-    low, restored = (picture.resize((side, side), Image.Resampling.LANCZOS) for picture in _photograph(name))
+    low, restored = (image.resize((side, side), Image.Resampling.LANCZOS) for image in _photograph(name))
     out = low.copy()
     out.paste(restored.crop((side // 2, 0, side, side)), (side // 2, 0))
     ImageDraw.Draw(out).line((side // 2, 0, side // 2, side), fill=LIGHT, width=3)
@@ -62,12 +62,12 @@ def split(name: str, side: int = SIDE) -> Image.Image:
 
 
 def sizes(name: str) -> Image.Image:
-    """The low-quality picture, and the restored one twice and four times as large."""
+    """The low-quality image, and the restored one twice and four times as large."""
     low, restored = _photograph(name)
     out = restored.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(out)
-    for picture, side in ((restored, SIDE // 2), (low, SIDE // 4)):
-        out.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (0, 0))
+    for image, side in ((restored, SIDE // 2), (low, SIDE // 4)):
+        out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, 0))
         draw.rectangle((0, 0, side, side), outline=LIGHT, width=3)
     return out
 
@@ -127,20 +127,20 @@ THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
 """What is drawn for each workflow, and what is written on it."""
 
 
-def thumbnail(picture: Image.Image, words: str) -> Image.Image:
-    """A picture with its words, and with the model that made it."""
-    shade = Image.new("RGB", picture.size, DARK)
-    mask = Image.new("L", picture.size, 0)
+def thumbnail(image: Image.Image, words: str) -> Image.Image:
+    """An image with its words, and with the model that made it."""
+    shade = Image.new("RGB", image.size, DARK)
+    mask = Image.new("L", image.size, 0)
     ImageDraw.Draw(mask).rectangle((0, SIDE - BAR, SIDE, SIDE), fill=215)
-    out = Image.composite(shade, picture, mask)
+    out = Image.composite(shade, image, mask)
     draw = ImageDraw.Draw(out)
     draw.text((24, SIDE - BAR + 12), words, font=ImageFont.load_default(38), fill=LIGHT)
-    draw.text((24, SIDE - 32), "FaithDiff, picture by the demo model", font=ImageFont.load_default(17), fill=LIGHT)
+    draw.text((24, SIDE - 32), "FaithDiff, image by the demo model", font=ImageFont.load_default(17), fill=LIGHT)
     return out
 
 
 def main() -> int:
-    """Write the pictures."""
+    """Write the images."""
     parser = argparse.ArgumentParser(description="Draw the workflows' thumbnails.")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "workflows")
     folder = parser.parse_args().output

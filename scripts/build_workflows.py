@@ -341,8 +341,8 @@ def main() -> None:
     import sys
     import tempfile
 
-    sys.path.insert(0, str(ROOT / "tests" / "host"))
-    from harness import Host, find_host
+    sys.path.insert(0, str(ROOT / "tools"))
+    from comfy_host import Host, find_host
 
     path = find_host()
     if path is None:

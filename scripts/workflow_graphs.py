@@ -23,7 +23,7 @@ FEW_STEPS_LORA = "sdxl_lightning_8step_lora.safetensors"
 CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 CAPTIONER = "llava-1.5-7b-hf"
 LANGUAGE_MODEL = "qwen_3_4b.safetensors"
-PICTURE = "example.png"
+IMAGE = "example.png"
 
 CAPTION = "a photograph"
 
@@ -99,7 +99,7 @@ def faithdiff_2x() -> Graph:
     return Graph(
         "faithdiff_2x",
         "## FaithDiff, twice the size\n\n"
-        "The published settings. Choose your picture in **Load Image**, say in the positive prompt what is in it (the "
+        "The published settings. Choose your image in **Load Image**, say in the positive prompt what is in it (the "
         "more exactly, the better), and run.\n\n"
         f"- `{FAITHDIFF}` goes into `models/faithdiff`, an SDXL checkpoint into `models/checkpoints`; the checkpoint "
         "gives text encoders and VAE, FaithDiff's file gives the U-Net.\n"
@@ -123,19 +123,19 @@ def sampler_inputs(suffix: str = "") -> dict[str, Any]:
 def restoration() -> dict[str, Node]:
     """The graph that the others are variations of."""
     return {
-        "picture": Node("LoadImage", {"image": PICTURE}, (0, 0)),
+        "image": Node("LoadImage", {"image": IMAGE}, (0, 0)),
         "checkpoint": Node(
             "CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}, (0, 420), "SDXL checkpoint (CLIP and VAE)"
         ),
         "loader": Node("FaithDiffModelLoader", {"faithdiff_name": FAITHDIFF, "weight_dtype": "default"}, (0, 600)),
         "prepare": Node(
-            "FaithDiffPrepareImage", {"image": Link("picture"), "mask": Link("picture", 1), "scale_by": 2.0}, (420, 0)
+            "FaithDiffPrepareImage", {"image": Link("image"), "mask": Link("image", 1), "scale_by": 2.0}, (420, 0)
         ),
         "positive": Node(
             "CLIPTextEncode",
             {"clip": Link("checkpoint", 1), "text": CAPTION},
             (420, 260),
-            "Positive: what is in the picture",
+            "Positive: what is in the image",
             (400, 140),
         ),
         "negative": Node(
@@ -187,7 +187,7 @@ def faithdiff_4x_progressive() -> Graph:
     return Graph(
         "faithdiff_4x_progressive",
         "## FaithDiff, four times the size in two passes\n\n"
-        "Twice the size, and twice again. The second pass sees the restored picture of the first, so it has to invent "
+        "Twice the size, and twice again. The second pass sees the restored image of the first, so it has to invent "
         "less than one pass of four would; faces profit most.\n\n"
         "The second pass works on four times the pixels and takes about four times as long, in tiles.",
         {**nodes, **second, "save": save},
@@ -210,7 +210,7 @@ def faithdiff_own_checkpoint_lora() -> Graph:
     return Graph(
         "faithdiff_own_checkpoint_lora",
         "## FaithDiff on your own checkpoint and LoRA\n\n"
-        "`unet_strength` moves your checkpoint's U-Net towards FaithDiff's: 1 follows the picture most closely, 0 "
+        "`unet_strength` moves your checkpoint's U-Net towards FaithDiff's: 1 follows the image most closely, 0 "
         "keeps your style and follows it least. 0.6 to 0.9 is a good range. The LoRA keeps its full strength, before "
         "the loader (as here) or behind it.\n\n"
         "Choose your files in **Load Checkpoint** and **Load LoRA**.",
@@ -257,25 +257,23 @@ def faithdiff_low_vram() -> Graph:
         "## FaithDiff with 6 to 8 GB of video memory\n\n"
         "- weights in fp8: half the memory of fp16\n"
         "- encoding and decoding in tiles of 512, sampling in tiles of 768, one at a time\n\n"
-        "Still too much? Sample in tiles of 512. The picture's size hardly matters: only a tile is on the card.",
+        "Still too much? Sample in tiles of 512. The image's size hardly matters: only a tile is on the card.",
         nodes,
     )
 
 
 def faithdiff_batch_folder() -> Graph:
-    """Every picture of a folder, whatever its size."""
+    """Every image of a folder, whatever its size."""
     nodes = restoration()
-    nodes["picture"] = Node(
-        "LoadImageDataSetFromFolder", {"folder": "restore"}, (0, 0), "All pictures of input/restore"
-    )
-    nodes["prepare"].inputs = {"image": Link("picture"), "scale_by": 2.0}
+    nodes["image"] = Node("LoadImageDataSetFromFolder", {"folder": "restore"}, (0, 0), "All images of input/restore")
+    nodes["prepare"].inputs = {"image": Link("image"), "scale_by": 2.0}
     nodes["sampler"].inputs["seed"] = 42
     return Graph(
         "faithdiff_batch_folder",
         "## FaithDiff for a folder\n\n"
-        "Put pictures of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored one "
+        "Put images of any sizes into a folder below ComfyUI's `input` (here `input/restore`). They are restored one "
         "after the other with one caption; the models are loaded once.\n\n"
-        "For a caption of its own for each picture, put FaithDiff Caption between the pictures and the positive "
+        "For a caption of its own for each image, put FaithDiff Caption between the images and the positive "
         "prompt, as in *faithdiff_auto_caption*.",
         nodes,
     )
@@ -322,7 +320,7 @@ def faithdiff_other_captioner() -> Graph:
     return Graph(
         "faithdiff_other_captioner",
         "## FaithDiff with another captioner\n\n"
-        "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the picture through a "
+        "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the image through a "
         "vision-language model in `models/text_encoders`, and **FaithDiff Trim Caption** drops the lead-in and keeps "
         "two sentences.",
         nodes,
@@ -386,7 +384,7 @@ def faithdiff_demo() -> Graph:
         "A small model comes with this pack, to try the nodes out: all parts of FaithDiff, about a thousand times "
         "smaller. It runs on any computer in seconds.\n\n"
         "It was trained briefly, on a few dozen photographs, for one kind of damage: **half the size, slight blur, "
-        "strong noise, JPEG**. Such pictures come out cleaner, if softer; clean pictures come out worse. The captions "
+        "strong noise, JPEG**. Such images come out cleaner, if softer; clean images come out worse. The captions "
         "of its training say no more than `A photograph.` or `A drawing.`\n\n"
         "For results like the paper's, take *faithdiff_2x*.",
         nodes,
@@ -430,13 +428,13 @@ class Blueprint:
 def restore_blueprint() -> Blueprint:
     """The whole restoration in one node."""
     nodes = restoration()
-    for key in ("picture", "save"):
+    for key in ("image", "save"):
         del nodes[key]
     nodes["prepare"].inputs = {"scale_by": 2.0}
     return Blueprint(
         Graph(
             "faithdiff_restore",
-            "Restores and enlarges a picture with FaithDiff: the published settings in one node.",
+            "Restores and enlarges an image with FaithDiff: the published settings in one node.",
             nodes,
         ),
         "FaithDiff Restore",

@@ -1,4 +1,4 @@
-// FaithDiff Compare: hands the pictures of a run to ComfyUI's own image comparison widget.
+// FaithDiff Compare: hands the images of a run to ComfyUI's own image comparison widget.
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";

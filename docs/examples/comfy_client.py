@@ -3,8 +3,8 @@
 server = ComfyServer("http://127.0.0.1:8188")
 workflow = load_workflow(Path("workflows/api/faithdiff_2x.json"))
 set_input(workflow, "LoadImage.image", server.upload(Path("photo.jpg")))
-(picture,) = server.run(workflow)
-Path("restored.png").write_bytes(server.download(picture))
+(image,) = server.run(workflow)
+Path("restored.png").write_bytes(server.download(image))
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ class ComfyServer:
         """POST JSON and decode the answer, if there is one."""
         return json.loads(self.request(path, json.dumps(data).encode()) or b"null")
 
-    def upload(self, picture: Path) -> str:
-        """Put a picture into the server's input folder and return the name for LoadImage.
+    def upload(self, image: Path) -> str:
+        """Put an image into the server's input folder and return the name for LoadImage.
 
         It is named by its content: one photo.jpg does not replace another that still waits in the queue, and the same
-        picture is found in the server's cache.
+        image is found in the server's cache.
         """
-        content = picture.read_bytes()
-        name = hashlib.sha256(content).hexdigest()[:32] + picture.suffix.lower()
+        content = image.read_bytes()
+        name = hashlib.sha256(content).hexdigest()[:32] + image.suffix.lower()
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
         body = b"".join((head.encode(), content, f"\r\n--{boundary}--\r\n".encode()))
@@ -89,19 +89,19 @@ class ComfyServer:
         return prompt_id
 
     def wait(self, prompt_id: str, every: float = 0.5) -> list[dict[str, str]]:
-        """Wait for a prompt's end and return the pictures that it saved, for `download`."""
+        """Wait for a prompt's end and return the images that it saved, for `download`."""
         while True:
             known = [entry[1] for entries in self.get("/queue").values() for entry in entries]
             # Asked after the queue: what has just left the queue is in the history already.
             done = self.get(f"/history/{prompt_id}").get(prompt_id)
             if done:
-                return saved_pictures(done)
+                return saved_images(done)
             if prompt_id not in known:
                 raise RunError("The server does not know the prompt: it was cancelled, or the server started anew.")
             time.sleep(every)
 
     def run(self, workflow: Workflow) -> list[dict[str, str]]:
-        """Post a workflow and wait for its pictures. Ctrl-C cancels it on the server, too."""
+        """Post a workflow and wait for its images. Ctrl-C cancels it on the server, too."""
         prompt_id = self.queue(workflow)
         try:
             return self.wait(prompt_id)
@@ -114,15 +114,15 @@ class ComfyServer:
         self.post("/queue", {"delete": [prompt_id]})
         self.post("/interrupt", {"prompt_id": prompt_id})
 
-    def download(self, picture: dict[str, str]) -> bytes:
-        """The bytes of a saved picture."""
+    def download(self, image: dict[str, str]) -> bytes:
+        """The bytes of a saved image."""
         try:
-            return self.request("/view?" + urllib.parse.urlencode(picture))
+            return self.request("/view?" + urllib.parse.urlencode(image))
         except RunError as error:
             if isinstance(error, UnreachableError):
                 raise
             raise RunError(
-                f"{picture['filename']} is no longer in the server's output folder ({error}). A prompt like the one "
+                f"{image['filename']} is no longer in the server's output folder ({error}). A prompt like the one "
                 "before is answered from the cache, with its file names: change the seed, or POST to /free."
             ) from error
 
@@ -143,8 +143,8 @@ def complaints(answer: dict[str, Any]) -> str:
     return "\n".join(f"{where}{error['message']}: {error['details']}".rstrip(": ") for where, error in errors)
 
 
-def saved_pictures(done: dict[str, Any]) -> list[dict[str, str]]:
-    """The pictures that SaveImage nodes list in a prompt's history.
+def saved_images(done: dict[str, Any]) -> list[dict[str, str]]:
+    """The images that SaveImage nodes list in a prompt's history.
 
     Raises:
         RunError: the prompt failed, was interrupted, or saved nothing.
@@ -154,15 +154,15 @@ def saved_pictures(done: dict[str, Any]) -> list[dict[str, str]]:
             raise RunError(f"{data['node_type']} (node {data['node_id']}): {data['exception_message'].strip()}")
         if event == "execution_interrupted":
             raise RunError(f"Interrupted at {data['node_type']} (node {data['node_id']}).")
-    pictures = [
-        {key: picture[key] for key in ("filename", "subfolder", "type")}
+    images = [
+        {key: image[key] for key in ("filename", "subfolder", "type")}
         for shown in done["outputs"].values()
-        for picture in shown.get("images", [])
-        if picture["type"] == "output"  # previews are of type temp
+        for image in shown.get("images", [])
+        if image["type"] == "output"  # previews are of type temp
     ]
-    if not pictures:
-        raise RunError("The workflow saved no picture. Does it end with Save Image?")
-    return pictures
+    if not images:
+        raise RunError("The workflow saved no image. Does it end with Save Image?")
+    return images
 
 
 def load_workflow(path: Path) -> Workflow:

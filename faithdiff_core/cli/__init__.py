@@ -50,12 +50,12 @@ class Command:
 
 
 COMMANDS = {
-    "restore": Command("restore pictures with an SDXL checkpoint and FaithDiff", "cli.restore"),
-    "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.weights", "convert"),
-    "info": Command("say what a weights file is and what it holds", "cli.weights", "info"),
-    "train": Command("train FaithDiff, or a LoRA for it", "training.command", "train", "train"),
-    "degrade": Command("make low-quality pictures as for training", "training.command", "degrade", "train"),
-    "evaluate": Command("score restored pictures", "evaluate", extra="metrics"),
+    "restore": Command("restore images with an SDXL checkpoint and FaithDiff", "cli.restore"),
+    "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.convert", "convert"),
+    "info": Command("say what a weights file is and what it holds", "cli.info", "info"),
+    "train": Command("train FaithDiff, or a LoRA for it", "cli.train", "train", "train"),
+    "degrade": Command("make low-quality images as for training", "cli.degrade", "degrade", "train"),
+    "evaluate": Command("score restored images", "cli.evaluate", extra="metrics"),
 }
 
 

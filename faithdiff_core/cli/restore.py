@@ -13,24 +13,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..captions import trim_caption
-from ..color import ColorFix
-from ..engine.sampling import SCHEDULERS
+from ..captions.trim import trim_caption
+from ..cli import EXIT_CANCELLED, EXIT_FAILED
+from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import FaithDiffError, SettingsError
-from ..pictures import (
-    READ_SUFFIXES,
-    WRITE_SUFFIXES,
-    check_output,
-    check_output_name,
-    load_picture,
-    resize_lanczos,
-    save_picture,
-    target_size,
-)
-from ..schedule import StartPoint
-from . import EXIT_CANCELLED, EXIT_FAILED
-from .progress import ProgressLine
+from ..images.color import ColorFix
+from ..images.geometry import resize_lanczos, target_size
+from ..images.reading import READ_SUFFIXES, load_image
+from ..images.writing import WRITE_SUFFIXES, check_output, check_output_name, save_image
+from ..sampling.schedule import StartPoint
+from .progress_line import ProgressLine
 
 if TYPE_CHECKING:
     from ..engine import FaithDiffPipeline
@@ -40,7 +33,7 @@ METADATA_KEY = "faithdiff"
 
 _EXAMPLES = """
 examples:
-  one picture, twice as large
+  one image, twice as large
     python -m faithdiff_core restore photo.jpg -o new.png --model RealVisXL_V4.0.safetensors --faithdiff FaithDiff.bin
   a folder; run it again to go on where it stopped
     python -m faithdiff_core restore scans/ -o restored/ --model realvis/ --faithdiff FaithDiff.bin
@@ -51,7 +44,7 @@ examples:
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to restore."""
+    """One image to restore."""
 
     source: Path
     target: Path
@@ -59,7 +52,7 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of the pictures."""
+    """What became of the images."""
 
     restored: int = 0
     skipped: int = 0
@@ -75,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `restore`."""
     parser.epilog = _EXAMPLES
     parser.add_argument(
-        "inputs", nargs="+", metavar="IN", help="pictures, folders (with what is below them) and patterns"
+        "inputs", nargs="+", metavar="IN", help="images, folders (with what is below them) and patterns"
     )
     parser.add_argument(
         "-o",
@@ -83,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help=f"a folder; for a single picture also a file ({', '.join(WRITE_SUFFIXES)})",
+        help=f"a folder; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
     )
     parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of files in a folder (png)")
     parser.add_argument("--overwrite", action="store_true", help="do again what is done")
@@ -118,14 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
 
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", default="", help="what the pictures show; helps, but may be left out")
+    text.add_argument("--prompt", default="", help="what the images show; helps, but may be left out")
     text.add_argument(
         "--negative-prompt", default="", metavar="PROMPT", help="what they do not show (empty, as published)"
     )
     text.add_argument(
         "--captions",
         action="store_true",
-        help="take the prompt from NAME.txt beside each picture; --prompt where none is",
+        help="take the prompt from NAME.txt beside each image; --prompt where none is",
     )
     text.add_argument(
         "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"
@@ -137,14 +130,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cfg", type=float, default=default.cfg, metavar="X", help=f"guidance, 1 is off ({default.cfg:g})"
     )
     method.add_argument(
-        "--strength", type=float, default=1.0, metavar="X", help="how strongly the picture acts, 0 is off (1)"
+        "--strength", type=float, default=1.0, metavar="X", help="how strongly the image acts, 0 is off (1)"
     )
     method.add_argument("--start", choices=[start.value for start in StartPoint], default="lr", help="start point (lr)")
     method.add_argument(
         "--color-fix", choices=[fix.value for fix in ColorFix], default="adain", help="colours of the input (adain)"
     )
     method.add_argument("--passes", type=int, default=1, metavar="N", help="reach the size in N equal steps (1)")
-    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every picture (0)")
+    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
     method.add_argument(
         "--scheduler",
         default="euler",
@@ -181,10 +174,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Restore pictures; one that fails does not stop the others.
+    """Restore images; one that fails does not stop the others.
 
     Returns:
-        0, or 1 if a picture failed.
+        0, or 1 if an image failed.
 
     Raises:
         FaithDiffError: bad arguments, or a model that cannot be loaded.
@@ -210,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_settings(args: argparse.Namespace) -> RestoreSettings:
-    """The settings, checked before a model is loaded; the size is each picture's own.
+    """The settings, checked before a model is loaded; the size is each image's own.
 
     Raises:
         SettingsError: a value is out of range.
@@ -225,10 +218,10 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
 
 
 def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
-    """Which pictures there are, and where their results go.
+    """Which images there are, and where their results go.
 
-    A single picture goes to `output` if that is named like a picture and is no folder; otherwise results go into the
-    folder `output`, under the pictures' names and in their subfolders.
+    A single image goes to `output` if that is named like an image and is no folder; otherwise results go into the
+    folder `output`, under the images' names and in their subfolders.
 
     Raises:
         SettingsError: nothing is found, a name is taken twice, or a result would overwrite an input.
@@ -239,7 +232,7 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
             found.setdefault(source, name)
     if not found:
         raise SettingsError(
-            f"There is nothing to restore in {', '.join(inputs)}: no picture with one of the endings "
+            f"There is nothing to restore in {', '.join(inputs)}: no image with one of the endings "
             f"{', '.join(READ_SUFFIXES)}."
         )
     sources = list(found)
@@ -248,7 +241,7 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
         check_output_name(output)
         jobs = [Job(sources[0], output)]
     elif output.is_file() or (named_file and output.suffix.lower() in WRITE_SUFFIXES):
-        raise SettingsError(f"{output} is one file, but there are {len(sources)} pictures. Give a folder.")
+        raise SettingsError(f"{output} is one file, but there are {len(sources)} images. Give a folder.")
     else:
         # a.jpg and a.png would both become a.png; then both keep their endings.
         stems = Counter(name.with_suffix("") for name in found.values())
@@ -258,7 +251,7 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
         ]
         taken = [target for target, count in Counter(targets).items() if count > 1]
         if taken:
-            raise SettingsError(f"Several pictures would be written to {taken[0]}. Restore their folders one by one.")
+            raise SettingsError(f"Several images would be written to {taken[0]}. Restore their folders one by one.")
         jobs = [Job(source, target) for source, target in zip(sources, targets, strict=True)]
     overwritten = {source.resolve() for source in sources} & {job.target.resolve() for job in jobs}
     if overwritten:
@@ -267,7 +260,7 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
 
 
 def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
-    """Pictures that a word of the command line stands for, each with its name below the output folder.
+    """Images that a word of the command line stands for, each with its name below the output folder.
 
     Results of an earlier run, in an output folder below the input folder, are no inputs.
     """
@@ -316,7 +309,7 @@ def _attempt(
     report: Report,
     label: str,
 ) -> None:
-    """Restore one picture, and put down what became of it."""
+    """Restore one image, and put down what became of it."""
     line = ProgressLine(quiet=args.quiet)
     try:
         notes = _restore(
@@ -346,22 +339,22 @@ def _restore(
     settings: RestoreSettings,
     progress: Callable[[str, int, int], None],
 ) -> Sequence[str]:
-    picture = load_picture(job.source)
-    height, width = target_size(*picture.size, **_size_arguments(args))
-    check_output(job.target, height, width, transparent=picture.alpha is not None)
+    image = load_image(job.source)
+    height, width = target_size(*image.size, **_size_arguments(args))
+    check_output(job.target, height, width, transparent=image.alpha is not None)
     prompt = _caption(job.source, args)
     result = pipeline(
-        picture.colors.unsqueeze(0),
+        image.colors.unsqueeze(0),
         **vars(replace(settings, size=(height, width))),
         prompt=prompt,
         negative_prompt=args.negative_prompt,
         seed=args.seed,
         progress=progress,
     )
-    alpha = None if picture.alpha is None else resize_lanczos(picture.alpha.unsqueeze(0), height, width)[0]
+    alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
     text = {"Software": _software(), METADATA_KEY: json.dumps(_recipe(job, args, settings, prompt, height, width))}
-    save_picture(job.target, replace(picture, colors=result[0], alpha=alpha), text=text)
-    return picture.notes
+    save_image(job.target, replace(image, colors=result[0], alpha=alpha), text=text)
+    return image.notes
 
 
 def _caption(source: Path, args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""FaithDiff on diffusers: from files to restored pictures, without any other host.
+"""FaithDiff on diffusers: from files to restored images, without any other host.
 
 Needs diffusers, transformers and accelerate (the extra `engine`); they are imported when a pipeline is made.
 """
@@ -6,7 +6,8 @@ Needs diffusers, transformers and accelerate (the extra `engine`); they are impo
 from __future__ import annotations
 
 from .pipeline import FaithDiffPipeline
-from .sampling import SCHEDULERS, TextConditioning, make_scheduler
+from .schedulers import SCHEDULERS, make_scheduler
 from .settings import RestoreSettings
+from .text import TextConditioning
 
 __all__ = ["SCHEDULERS", "FaithDiffPipeline", "RestoreSettings", "TextConditioning", "make_scheduler"]

@@ -44,7 +44,7 @@ def require_diffusers() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(
-            f"Restoring pictures outside ComfyUI needs the package {error.name}; {install_extra('engine')}."
+            f"Restoring images outside ComfyUI needs the package {error.name}; {install_extra('engine')}."
         ) from error
 
 

@@ -1,9 +1,9 @@
-"""The pipeline: pictures in, restored pictures out.
+"""The pipeline: images in, restored images out.
 
-Data flows one way: the enlarged picture goes through the LQ encoder (features) and the VAE (the `lr` start), the
+Data flows one way: the enlarged image goes through the LQ encoder (features) and the VAE (the `lr` start), the
 sampling loop works on the latent with the features cropped and embedded tile by tile, and the VAE decodes what comes
 out.
-Features of whole pictures stay in main memory; a tile at a time goes to the device.
+Features of whole images stay in main memory; a tile at a time goes to the device.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment import Alignment
-from ..color import ColorFix, fix_colors
-from ..conditions import ConditionCache
 from ..errors import NotFiniteError, SettingsError, WeightsError
-from ..lq_encoder import DEFAULT_OVERLAP as ENCODER_OVERLAP
-from ..lq_encoder import DEFAULT_TILE as ENCODER_TILE
-from ..lq_encoder import LQEncoder
-from ..pictures import crop_to, pad_to_multiple, resize_lanczos
-from ..schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
-from ..tiled_vae import decode_tiled, parts_from_diffusers
-from ..tiles import DEFAULT_OVERLAP, DEFAULT_TILE, LATENT_SCALE, Tile, TileGrid
-from ..weights import read_faithdiff
+from ..images.color import ColorFix, fix_colors
+from ..images.geometry import crop_to, pad_to_multiple, resize_lanczos
+from ..models.alignment import Alignment
+from ..models.condition_cache import ConditionCache
+from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
+from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
+from ..tiling.grid import TILE_OVERLAP, TILE_SIZE, VAE_SCALE_FACTOR, Tile, TileGrid
+from ..vae.decoder_stages import parts_from_diffusers
+from ..vae.tiled_decode import decode_tiled
+from ..weights.faithdiff_file import read_faithdiff
+from .alignment_hook import AlignmentHook
 from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
-from .sampling import AlignmentHook, TextConditioning, fresh_scheduler, initial_latent, make_scheduler
+from .schedulers import fresh_scheduler, initial_latent, make_scheduler
 from .settings import DEFAULT_SCALE, RestoreSettings, as_list, one_seed_each, one_text_each, same_size
+from .text import TextConditioning
 
 CONDITION_BUDGET = 2**30
 """Bytes of embedded conditions kept on the device across steps: a hundred tiles of 1024 px in half precision."""
@@ -207,12 +208,12 @@ class FaithDiffPipeline:
         cfg: float = DEFAULT_CFG,
         start: StartPoint | str = StartPoint.LR,
         color_fix: ColorFix | str = ColorFix.ADAIN,
-        tile: int = DEFAULT_TILE,
-        overlap: float = DEFAULT_OVERLAP,
+        tile: int = TILE_SIZE,
+        overlap: float = TILE_OVERLAP,
         tile_batch: int = 1,
         encoder_tile: int | None = ENCODER_TILE,
         encoder_overlap: float = ENCODER_OVERLAP,
-        vae_tile: int | None = DEFAULT_TILE,
+        vae_tile: int | None = TILE_SIZE,
         strength: float = 1.0,
         seed: int | Sequence[int] | None = None,
         passes: int = 1,
@@ -223,26 +224,26 @@ class FaithDiffPipeline:
         negative_pooled_prompt_embeds: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> Restored:
-        """Restore pictures.
+        """Restore images.
 
         Args:
             images: RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W), whose sizes may differ; on any device.
             size, scale, steps, cfg, start, color_fix, tile, overlap, tile_batch, encoder_tile, encoder_overlap,
                 vae_tile, strength, passes: see `RestoreSettings`.
-            prompt, negative_prompt: one text for all pictures or one for each. An empty text is encoded like any other.
-            seed: one for each picture, or a number from which they count up; by chance unless told. A picture's result
+            prompt, negative_prompt: one text for all images or one for each. An empty text is encoded like any other.
+            seed: one for each image, or a number from which they count up; by chance unless told. An image's result
                 depends on its own seed alone.
             progress: called as progress(stage, done, total) with the stages `encode`, `sample` and `decode` of each
                 batch of equal sizes and each pass; it may raise to cancel, which leaves nothing behind.
             prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: the text as
-                embeddings, one row or one for each picture, instead of the two texts.
+                embeddings, one row or one for each image, instead of the two texts.
             noise: starting noise instead of the seeds', (B, 4, h, w) of the padded result; for a tensor and one pass.
 
         Returns:
-            Restored pictures in [0, 1], float32, on the device of `images`: (B, 3, H', W'), or a list as it came.
+            Restored images in [0, 1], float32, on the device of `images`: (B, 3, H', W'), or a list as it came.
 
         Raises:
-            SettingsError: a setting out of range, or pictures, texts or seeds that do not go together.
+            SettingsError: a setting out of range, or images, texts or seeds that do not go together.
             NotFiniteError: VAE or U-Net overflow in half precision.
         """
         settings = RestoreSettings(
@@ -261,11 +262,11 @@ class FaithDiffPipeline:
             strength=strength,
             passes=passes,
         )
-        pictures = as_list(images)
-        count = len(pictures)
+        inputs = as_list(images)
+        count = len(inputs)
         seeds = one_seed_each(seed, count)
         if noise is not None and (not isinstance(images, Tensor) or passes > 1):
-            raise SettingsError("noise of one's own needs pictures of one size and a single pass.")
+            raise SettingsError("noise of one's own needs images of one size and a single pass.")
         try:
             if prompt_embeds is None and pooled_prompt_embeds is None:
                 text = self.encode_text(
@@ -280,15 +281,15 @@ class FaithDiffPipeline:
                     prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds
                 )
             results: list[Tensor] = [torch.empty(0)] * count
-            for group in same_size(pictures):
-                batch = torch.stack([pictures[i].to(device="cpu", dtype=torch.float32) for i in group])
+            for group in same_size(inputs):
+                batch = torch.stack([inputs[i].to(device="cpu", dtype=torch.float32) for i in group])
                 generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in group]
                 for height, width in settings.sizes(*batch.shape[-2:]):
                     batch = self._pass(
                         resize_lanczos(batch, height, width), text.select(group), settings, noise, generators, progress
                     )
                 for i, restored in zip(group, batch, strict=True):
-                    results[i] = restored.to(pictures[i].device)
+                    results[i] = restored.to(inputs[i].device)
         finally:
             self.sdxl.maybe_free_model_hooks()
         return torch.stack(results) if isinstance(images, Tensor) else results
@@ -302,10 +303,10 @@ class FaithDiffPipeline:
         generators: list[torch.Generator],
         progress: Progress | None,
     ) -> Tensor:
-        """Restore pictures of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
-        padded = pad_to_multiple(enlarged, LATENT_SCALE) * 2 - 1
+        """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
+        padded = pad_to_multiple(enlarged, VAE_SCALE_FACTOR) * 2 - 1
         batch, _, height, width = padded.shape
-        shape = (self.sdxl.unet.config.in_channels, height // LATENT_SCALE, width // LATENT_SCALE)
+        shape = (self.sdxl.unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
         if noise is None:
             noise = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
         elif tuple(noise.shape) != (batch, *shape):
@@ -345,7 +346,7 @@ class FaithDiffPipeline:
         prompt that is absent.)
 
         Args:
-            prompts: one for each picture.
+            prompts: one for each image.
             negative_prompts: as many; empty ones unless told.
             guided: whether guidance needs the negative ones.
         """
@@ -367,7 +368,7 @@ class FaithDiffPipeline:
         overlap: float = ENCODER_OVERLAP,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Features of low-quality pictures of the result's size.
+        """Features of low-quality images of the result's size.
 
         Args:
             pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8; features are kept on its device.
@@ -381,7 +382,7 @@ class FaithDiffPipeline:
 
     @torch.no_grad()
     def encode_latent(self, pixels: Tensor, tile: int | None = None) -> Tensor:
-        """The VAE's latent of pictures, times its scaling factor: the mean of the distribution, so no chance is in it.
+        """The VAE's latent of images, times its scaling factor: the mean of the distribution, so no chance is in it.
 
         Args:
             pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8.
@@ -396,15 +397,15 @@ class FaithDiffPipeline:
         vae = self.sdxl.vae
         rows = []
         with _encoding_in_tiles(vae, tile):
-            for picture in pixels.split(1):
-                mean = vae.encode(picture.to(self.device, vae.dtype)).latent_dist.mean
+            for image in pixels.split(1):
+                mean = vae.encode(image.to(self.device, vae.dtype)).latent_dist.mean
                 rows.append(self._finite(mean.float(), "encoding"))
         self.sdxl.maybe_free_model_hooks()
         return torch.cat(rows) * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latent: Tensor, tile: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Decode latents to pictures, one by one.
+        """Decode latents to images, one by one.
 
         Args:
             latent: (B, 4, h, w), as `sample` gives it.
@@ -453,8 +454,8 @@ class FaithDiffPipeline:
         steps: int = DEFAULT_STEPS,
         cfg: float = DEFAULT_CFG,
         start: StartPoint | str = StartPoint.LR,
-        tile: int = DEFAULT_TILE,
-        overlap: float = DEFAULT_OVERLAP,
+        tile: int = TILE_SIZE,
+        overlap: float = TILE_OVERLAP,
         tile_batch: int = 1,
         strength: float = 1.0,
         generators: list[torch.Generator] | None = None,
@@ -462,17 +463,17 @@ class FaithDiffPipeline:
     ) -> Tensor:
         """Run the sampling loop on latents of one size.
 
-        At every step all tiles of all pictures go through the U-Net, their predictions are merged into one of the whole
+        At every step all tiles of all images go through the U-Net, their predictions are merged into one of the whole
         latent, and the scheduler steps that once. For the published Euler sampler this equals stepping every tile and
         merging the results, and any other scheduler sees one consistent trajectory.
 
         Args:
             features: from `encode_lq`, (B, C, h, w), on any device; None only at strength 0.
-            text: one row, or one for each picture.
+            text: one row, or one for each image.
             noise: standard normal, (B, 4, h, w).
             lq_latent: from `encode_latent`, for the start `lr`.
             steps, cfg, start, tile, overlap, tile_batch, strength: see `RestoreSettings`.
-            generators: one for each picture, for schedulers that add noise on the way.
+            generators: one for each image, for schedulers that add noise on the way.
             progress: called after each U-Net call.
 
         Returns:
@@ -490,7 +491,7 @@ class FaithDiffPipeline:
         dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
         text = text.rows(batch, guided, self.device, dtype)
         grid = TileGrid(height, width, tile, overlap)
-        jobs = [(picture, part) for part in grid.tiles for picture in range(batch)]
+        jobs = [(image, part) for part in grid.tiles for image in range(batch)]
         groups = [jobs[i : i + tile_batch] for i in range(0, len(jobs), tile_batch)]
         seeds = [generator.initial_seed() for generator in generators] if generators else None
         scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
@@ -517,8 +518,8 @@ class FaithDiffPipeline:
                     if guided:
                         negative, positive = eps.chunk(2)
                         eps = negative + cfg * (positive - negative)
-                    for (picture, part), row in zip(group, eps, strict=True):
-                        grid.merge(prediction[picture], part, row)
+                    for (image, part), row in zip(group, eps, strict=True):
+                        grid.merge(prediction[image], part, row)
                     done += 1
                     if progress is not None:
                         progress("sample", done, total)
@@ -535,8 +536,8 @@ class FaithDiffPipeline:
         Each is embedded by itself, so a tile's condition does not depend on what is batched with it.
         """
 
-        def embed(picture: int, tile: Tile) -> Tensor:
-            crop = tile.crop(features[picture : picture + 1])
+        def embed(image: int, tile: Tile) -> Tensor:
+            crop = tile.crop(features[image : image + 1])
             return self.alignment.embed(crop.to(self.device, dtype))
 
         return torch.cat([cache.get(job, partial(embed, *job)) for job in group])
@@ -551,10 +552,10 @@ class FaithDiffPipeline:
         dtype: torch.dtype,
     ) -> Tensor:
         """The U-Net's output for some tiles, float32; with guidance, the negative half comes first."""
-        pictures = [picture for picture, _ in group]
-        embeds, pooled = text.guided_rows(pictures)
+        inputs = [image for image, _ in group]
+        embeds, pooled = text.guided_rows(inputs)
         copies = len(embeds) // len(group)
-        latents = torch.cat([tile.crop(model_input[picture : picture + 1]) for picture, tile in group])
+        latents = torch.cat([tile.crop(model_input[image : image + 1]) for image, tile in group])
         time_ids = torch.tensor([grid.time_ids(tile) for _, tile in group], device=self.device, dtype=dtype)
         prediction: Tensor = self.sdxl.unet(
             latents.to(dtype).repeat(copies, 1, 1, 1),
@@ -596,7 +597,7 @@ def _encoding_in_tiles(vae: Any, tile: int | None) -> Iterator[None]:
     names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
     before = [getattr(vae, name) for name in names]
     try:
-        for name, value in zip(names, (True, tile, tile // LATENT_SCALE), strict=True):
+        for name, value in zip(names, (True, tile, tile // VAE_SCALE_FACTOR), strict=True):
             setattr(vae, name, value)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the engine takes: settings, pictures, texts and seeds, checked before any work is done."""
+"""What the engine takes: settings, images, texts and seeds, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..color import ColorFix
 from ..errors import SettingsError
-from ..lq_encoder import DEFAULT_OVERLAP as ENCODER_OVERLAP
-from ..lq_encoder import DEFAULT_TILE as ENCODER_TILE
-from ..pictures import target_size
-from ..schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, leading_timesteps
-from ..tiles import DEFAULT_OVERLAP, DEFAULT_TILE, check_overlap, check_tile_size
+from ..images.color import ColorFix
+from ..images.geometry import target_size
+from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
+from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, leading_timesteps
+from ..tiling.grid import TILE_OVERLAP, TILE_SIZE, check_overlap, check_tile_size
 
 DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
@@ -26,7 +25,7 @@ MAX_CFG = 20.0
 
 @dataclass(frozen=True)
 class RestoreSettings:
-    """How pictures are restored; the defaults are the published ones.
+    """How images are restored; the defaults are the published ones.
 
     Attributes:
         size: (height, width) of the result in pixels; `scale` counts without it.
@@ -36,11 +35,11 @@ class RestoreSettings:
         start: what sampling starts from, `lr` or `noise`.
         color_fix: `adain`, `wavelet` or `none`.
         tile, overlap: side of the sampler's tiles in pixels, and the part of it that neighbours share, 0 to 0.9.
-        tile_batch: tiles in one U-Net call, those of several pictures counted together. More is faster where
+        tile_batch: tiles in one U-Net call, those of several images counted together. More is faster where
             there is memory, and changes no result.
         encoder_tile, encoder_overlap: the same for the LQ encoder's tiles; None encodes in one piece.
-        vae_tile: tile side of the VAE in pixels; pictures no larger, and all with None, go through in one piece.
-        strength: factor on what the LQ picture adds to the U-Net; 0 is the U-Net alone.
+        vae_tile: tile side of the VAE in pixels; images no larger, and all with None, go through in one piece.
+        strength: factor on what the LQ image adds to the U-Net; 0 is the U-Net alone.
         passes: the enlargement is made in so many equal parts, each a restoration of its own (4x = 2x, then 2x).
 
     Raises:
@@ -53,12 +52,12 @@ class RestoreSettings:
     cfg: float = DEFAULT_CFG
     start: StartPoint | str = StartPoint.LR
     color_fix: ColorFix | str = ColorFix.ADAIN
-    tile: int = DEFAULT_TILE
-    overlap: float = DEFAULT_OVERLAP
+    tile: int = TILE_SIZE
+    overlap: float = TILE_OVERLAP
     tile_batch: int = 1
     encoder_tile: int | None = ENCODER_TILE
     encoder_overlap: float = ENCODER_OVERLAP
-    vae_tile: int | None = DEFAULT_TILE
+    vae_tile: int | None = TILE_SIZE
     strength: float = 1.0
     passes: int = 1
 
@@ -87,7 +86,7 @@ class RestoreSettings:
             raise SettingsError(f"size must be (height, width) in pixels, got {self.size}.")
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Size after each pass, (height, width), for a picture of the given size; equal factors but for rounding."""
+        """Size after each pass, (height, width), for an image of the given size; equal factors but for rounding."""
         last = self.size or target_size(height, width, scale=self.scale)
         return [
             (
@@ -100,30 +99,30 @@ class RestoreSettings:
 
 def as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     whole = isinstance(images, Tensor)
-    pictures = list(images)
+    tensors = list(images)
     ndim = 4 if whole else 3
-    shapes = [tuple(images.shape)] if isinstance(images, Tensor) else [tuple(p.shape) for p in pictures]
-    if not pictures or any(len(s) != ndim or s[-3] != 3 or min(s) < 1 for s in shapes):
+    shapes = [tuple(images.shape)] if isinstance(images, Tensor) else [tuple(p.shape) for p in tensors]
+    if not tensors or any(len(s) != ndim or s[-3] != 3 or min(s) < 1 for s in shapes):
         raise SettingsError(
             f"images must be RGB, a tensor (batch, 3, height, width) or a list of (3, height, width), got {shapes}."
         )
-    if not all(p.is_floating_point() for p in pictures):
-        raise SettingsError(f"images must be floating point in [0, 1], got {pictures[0].dtype}; divide bytes by 255.")
-    return pictures
+    if not all(p.is_floating_point() for p in tensors):
+        raise SettingsError(f"images must be floating point in [0, 1], got {tensors[0].dtype}; divide bytes by 255.")
+    return tensors
 
 
-def same_size(pictures: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of pictures, grouped by size."""
+def same_size(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of images, grouped by size."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, picture in enumerate(pictures):
-        groups.setdefault(tuple(picture.shape), []).append(i)
+    for i, image in enumerate(tensors):
+        groups.setdefault(tuple(image.shape), []).append(i)
     return list(groups.values())
 
 
 def one_text_each(text: str | Sequence[str], count: int, what: str) -> list[str]:
     texts = [text] * count if isinstance(text, str) else list(text)
     if len(texts) != count:
-        raise SettingsError(f"{what}: expected one text or {count}, one for each picture, got {len(texts)}.")
+        raise SettingsError(f"{what}: expected one text or {count}, one for each image, got {len(texts)}.")
     return texts
 
 
@@ -132,5 +131,5 @@ def one_seed_each(seed: int | Sequence[int] | None, count: int) -> list[int]:
         return [torch.Generator().seed() for _ in range(count)]
     seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
     if len(seeds) != count:
-        raise SettingsError(f"seed: expected one number or {count}, one for each picture, got {len(seeds)}.")
+        raise SettingsError(f"seed: expected one number or {count}, one for each image, got {len(seeds)}.")
     return seeds

@@ -12,19 +12,19 @@ from .degradation import DegradationConfig
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the pictures come from, and what is made of them.
+    """Where the images come from, and what is made of them.
 
     Attributes:
-        folder: high-quality pictures, sub-folders included.
+        folder: high-quality images, sub-folders included.
         lq_folder: their low-quality partners under the same names (any suffix), for given pairs.
         huggingface: instead of a folder, a data set of the `datasets` library: a folder that `save_to_disk` wrote,
         or a name. split, image_column, caption_column: where in that data set things are.
         captions: `text` (NAME.txt), `json` (NAME.json, key `caption`), `auto` (either), or `none` (all empty).
         on_bad: `raise` stops before training and names what is bad; `skip` leaves it out and says how many.
-        check: decode every picture before training starts. Without it only names and captions are looked at.
+        check: decode every image before training starts. Without it only names and captions are looked at.
         size: side of the square crops in pixels, a multiple of 8.
         flip: mirror half of the crops.
-        degradation: how low-quality pictures are made; unused with `lq_folder`.
+        degradation: how low-quality images are made; unused with `lq_folder`.
     """
 
     folder: Path | None = None
@@ -44,7 +44,7 @@ class DataConfig:
         if (self.folder is None) == (self.huggingface is None):
             raise SettingsError("give either `folder` or `huggingface`, not both and not neither.")
         if self.lq_folder is not None and self.folder is None:
-            raise SettingsError("`lq_folder` holds the partners of the pictures in `folder`; give both.")
+            raise SettingsError("`lq_folder` holds the partners of the images in `folder`; give both.")
         if self.size % 8 or self.size < 32:
             raise SettingsError(f"size must be a multiple of 8 of at least 32 pixels, got {self.size}.")
 
@@ -102,12 +102,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Sample pictures during training.
+    """Sample images during training.
 
     Attributes:
-        folder: high-quality pictures; each is cropped at the centre and degraded with a seed of its own.
+        folder: high-quality images; each is cropped at the centre and degraded with a seed of its own.
         every: steps between two samplings.
-        count: how many of the pictures.
+        count: how many of the images.
         steps: Euler steps of a sampling.
     """
 
@@ -128,12 +128,12 @@ class TrainConfig:
     Attributes:
         base: an SDXL model as a diffusers folder (unet, vae, text encoders, tokenizers).
         output: folder for checkpoints, logs, samples and the finished files.
-        data: the training pictures.
+        data: the training images.
         init: a FaithDiff file to go on from (full or adapter); without it, the LQ encoder is copied from the VAE's.
         stages: what is trained, in this order.
-        batch: pictures on each device at a time; the published total is 256.
-        draws: time steps and noises drawn for each picture of a batch, spread over the schedule; more than the
-            published 1 give a steadier gradient for little, where encoding pictures is what costs.
+        batch: images on each device at a time; the published total is 256.
+        draws: time steps and noises drawn for each image of a batch, spread over the schedule; more than the
+            published 1 give a steadier gradient for little, where encoding images is what costs.
         accumulate: batches whose gradients are added up for one step.
         workers: processes that make samples; 0 makes them in the training process.
         seed: of everything that is drawn.
@@ -148,7 +148,7 @@ class TrainConfig:
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
         resume: go on from the newest checkpoint in `output`, if there is one.
         log_every: steps between two log lines; `tensorboard` writes them for TensorBoard too.
-        validation: sample pictures during training.
+        validation: sample images during training.
     """
 
     base: Path

@@ -1,6 +1,6 @@
-"""Training samples: pictures with captions, or given pairs, each sample a function of its number alone.
+"""Training samples: images with captions, or given pairs, each sample a function of its number alone.
 
-Samples are numbered through the whole run. A sample's number fixes its picture, crop, degradation, caption dropout,
+Samples are numbered through the whole run. A sample's number fixes its image, crop, degradation, caption dropout,
 time step and noise, so neither the number of workers nor that of processes changes what is learned, and resuming is
 counting on.
 """
@@ -22,13 +22,13 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import MissingPackageError, PictureError, SettingsError, install_extra
-from ..pictures import READ_SUFFIXES, load_picture
-from ..schedule import TRAIN_STEPS
+from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
+from ..images.reading import READ_SUFFIXES, load_image
+from ..sampling.schedule import TRAIN_STEPS
 from .config import DataConfig
-from .degradation import degrade, to_picture, to_tensor
+from .degradation import degrade, to_image, to_tensor
 
-NAMED = 5
+MAX_REPORTED = 5
 """How many bad entries a message names."""
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with what belongs to it; `lq` is None where it has yet to be made."""
+    """An image with what belongs to it; `lq` is None where it has yet to be made."""
 
     hq: Image.Image
     lq: Image.Image | None
@@ -44,7 +44,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """A numbered set of pictures."""
+    """A numbered set of images."""
 
     def __len__(self) -> int: ...
 
@@ -55,51 +55,51 @@ class Source(Protocol):
         """Read an entry.
 
         Raises:
-            PictureError: it is bad; the text says why.
+            ImageError: it is bad; the text says why.
         """
 
     def check_caption(self, index: int) -> None:
-        """Raise a PictureError if the entry has no caption; reads no picture."""
+        """Raise a ImageError if the entry has no caption; reads no image."""
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """All pictures in a folder and its sub-folders, sorted.
+def list_images(folder: Path) -> list[Path]:
+    """All images in a folder and its sub-folders, sorted.
 
     Raises:
-        PictureError: there is no such folder, or no picture in it.
+        ImageError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
-        raise PictureError(f"There is no folder {folder}. Check the name.")
+        raise ImageError(f"There is no folder {folder}. Check the name.")
     files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in READ_SUFFIXES and f.is_file())
     if not files:
-        raise PictureError(f"The folder {folder} has no pictures ({', '.join(READ_SUFFIXES)}).")
+        raise ImageError(f"The folder {folder} has no images ({', '.join(READ_SUFFIXES)}).")
     return files
 
 
-def open_picture(path: Path) -> Image.Image:
-    """Read a picture as 8-bit RGB.
+def open_image(path: Path) -> Image.Image:
+    """Read an image as 8-bit RGB.
 
     Raises:
-        PictureError: it cannot be read.
+        ImageError: it cannot be read.
     """
-    return to_picture(load_picture(path).colors)
+    return to_image(load_image(path).colors)
 
 
 class FolderSource:
-    """Pictures in a folder, with captions and perhaps low-quality partners beside them.
+    """Images in a folder, with captions and perhaps low-quality partners beside them.
 
     Raises:
-        PictureError: an empty folder, or pictures without a partner.
+        ImageError: an empty folder, or images without a partner.
     """
 
     def __init__(self, config: DataConfig) -> None:
         assert config.folder is not None
         self.config = config
         self.folder = config.folder
-        self.files = list_pictures(config.folder)
+        self.files = list_images(config.folder)
         self.partners: dict[str, Path] | None = None
         if config.lq_folder is not None:
-            self.partners = {self._stem(f, config.lq_folder): f for f in list_pictures(config.lq_folder)}
+            self.partners = {self._stem(f, config.lq_folder): f for f in list_images(config.lq_folder)}
             stems = {self._stem(f, config.folder) for f in self.files}
             extra = sorted(self.partners.keys() - stems)
             if extra:
@@ -120,15 +120,15 @@ class FolderSource:
 
     def read(self, index: int) -> Sample:
         file = self.files[index]
-        hq, lq = open_picture(file), None
+        hq, lq = open_image(file), None
         if self.partners is not None:
             assert self.config.lq_folder is not None
             partner = self.partners.get(self._stem(file, self.folder))
             if partner is None:
-                raise PictureError(f"{file} has no partner in {self.config.lq_folder}")
-            lq = open_picture(partner)
+                raise ImageError(f"{file} has no partner in {self.config.lq_folder}")
+            lq = open_image(partner)
             if hq.width % lq.width or hq.height % lq.height or hq.width * lq.height != hq.height * lq.width:
-                raise PictureError(
+                raise ImageError(
                     f"{file} of {hq.width} x {hq.height} pixels and its partner of {lq.width} x {lq.height} do not "
                     "match: expected the larger to be a whole multiple of the smaller"
                 )
@@ -145,12 +145,12 @@ class FolderSource:
             try:
                 caption = json.loads(data.read_text(encoding="utf-8"))["caption"]
             except (ValueError, KeyError, TypeError) as error:
-                raise PictureError(f'{data} has no caption: expected {{"caption": "..."}} ({error!r})') from error
+                raise ImageError(f'{data} has no caption: expected {{"caption": "..."}} ({error!r})') from error
             if not isinstance(caption, str):
-                raise PictureError(f"{data}: the caption is a {type(caption).__name__}, expected text")
+                raise ImageError(f"{data}: the caption is a {type(caption).__name__}, expected text")
             return caption.strip()
         wanted = {"text": text.name, "json": data.name, "auto": f"{text.name} or {data.name}"}[kind]
-        raise PictureError(f"{file} has no caption: expected {wanted} beside it")
+        raise ImageError(f"{file} has no caption: expected {wanted} beside it")
 
 
 class DatasetsSource:
@@ -187,7 +187,7 @@ class DatasetsSource:
                 f"{', '.join(loaded.column_names)}. Set image_column and caption_column."
             )
         if not len(loaded):
-            raise PictureError(f"The data set {config.huggingface} is empty.")
+            raise ImageError(f"The data set {config.huggingface} is empty.")
         self.rows = loaded
 
     def __len__(self) -> int:
@@ -203,16 +203,16 @@ class DatasetsSource:
     def _caption(self, row: dict[str, Any]) -> str:
         caption = row[self.config.caption_column]
         if not isinstance(caption, str):
-            raise PictureError(f"a caption is {caption!r}, expected text")
+            raise ImageError(f"a caption is {caption!r}, expected text")
         return caption.strip()
 
     def read(self, index: int) -> Sample:
         try:
             row = self.rows[index]
-            picture = row[self.config.image_column].convert("RGB")
+            image = row[self.config.image_column].convert("RGB")
         except (UnidentifiedImageError, OSError, ValueError, AttributeError) as error:
-            raise PictureError(f"{self.name(index)} cannot be decoded: {error}") from error
-        return Sample(picture, None, "" if self.config.captions == "none" else self._caption(row))
+            raise ImageError(f"{self.name(index)} cannot be decoded: {error}") from error
+        return Sample(image, None, "" if self.config.captions == "none" else self._caption(row))
 
 
 def open_source(config: DataConfig) -> Source:
@@ -221,9 +221,11 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _report(problems: Sequence[str], total: int, config: DataConfig) -> None:
-    named = "; ".join(problems[:NAMED]) + (f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else "")
+    named = "; ".join(problems[:MAX_REPORTED]) + (
+        f"; and {len(problems) - MAX_REPORTED} more" if len(problems) > MAX_REPORTED else ""
+    )
     if config.on_bad == "raise":
-        raise PictureError(
+        raise ImageError(
             f"{len(problems)} of {total} training entries are bad: {named}. Mend or remove them, or set `on_bad: skip`."
         )
     logger.warning("skipped %d of %d training entries: %s", len(problems), total, named)
@@ -233,14 +235,14 @@ def usable_entries(source: Source, config: DataConfig) -> list[int]:
     """Look at every entry before training starts.
 
     Args:
-        source: the pictures.
-        config: says whether pictures are decoded, and what happens to bad ones.
+        source: the images.
+        config: says whether images are decoded, and what happens to bad ones.
 
     Returns:
         Indices of the good entries.
 
     Raises:
-        PictureError: there are bad entries and the configuration says `raise`, or no good one is left.
+        ImageError: there are bad entries and the configuration says `raise`, or no good one is left.
     """
 
     def problem(index: int) -> str | None:
@@ -249,7 +251,7 @@ def usable_entries(source: Source, config: DataConfig) -> list[int]:
                 source.check_caption(index)
                 return None
             sample = source.read(index)
-        except PictureError as error:
+        except ImageError as error:
             return str(error)
         if min(sample.hq.size) < config.size:
             return (
@@ -265,13 +267,13 @@ def usable_entries(source: Source, config: DataConfig) -> list[int]:
         _report(bad, len(source), config)
     good = [i for i, text in enumerate(problems) if text is None]
     if not good:
-        raise PictureError("No usable training picture is left.")
+        raise ImageError("No usable training image is left.")
     return good
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """What a sample's tensors depend on besides the picture.
+    """What a sample's tensors depend on besides the image.
 
     Attributes:
         seed: of the run.
@@ -279,7 +281,7 @@ class SampleSettings:
         noise_offset: standard deviation of the constant on each channel's noise.
         latent_channels: of the VAE.
         latent_scale: pixels per latent along a side.
-        draws: time steps and noises for each picture.
+        draws: time steps and noises for each image.
     """
 
     seed: int
@@ -297,7 +299,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
     normal, for the VAE's sample; both of the latent's shape).
 
     Args:
-        source: the pictures.
+        source: the images.
         entries: indices of the usable ones.
         config: crops and degradation.
         settings: everything else that is drawn.
@@ -344,18 +346,18 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
 
 def crop_pair(sample: Sample, config: DataConfig, rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """Cut the same square out of both pictures; the low-quality one is made if need be, and enlarged to the crop's
+    """Cut the same square out of both images; the low-quality one is made if need be, and enlarged to the crop's
     size.
 
     Raises:
-        PictureError: the picture is smaller than the crop.
+        ImageError: the image is smaller than the crop.
     """
     size, hq, lq = config.size, sample.hq, sample.lq
     # A given partner is cut at whole pixels of its own.
     step = 1 if lq is None else hq.width // lq.width
     if min(hq.size) < size or size % step:
-        raise PictureError(
-            f"A picture of {hq.width} x {hq.height} pixels (scale {step}) cannot be cropped to {size}: expected at "
+        raise ImageError(
+            f"An image of {hq.width} x {hq.height} pixels (scale {step}) cannot be cropped to {size}: expected at "
             "least the crop's size, and a crop that the scale divides."
         )
     left, top = (int(rng.integers(0, (side - size) // step + 1)) * step for side in hq.size)
@@ -370,9 +372,9 @@ def crop_pair(sample: Sample, config: DataConfig, rng: np.random.Generator) -> t
     return hq, enlarge(lq, (size, size))
 
 
-def enlarge(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Bring a low-quality picture to a (width, height), as inference does (Lanczos)."""
-    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+def enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Bring a low-quality image to a (width, height), as inference does (Lanczos)."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -411,21 +413,21 @@ class StepBatches(Sampler[list[int]]):
 
 
 def validation_pairs(folder: Path, count: int, config: DataConfig, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Fixed pairs for sample pictures: centre crops, each degraded with a seed of its own.
+    """Fixed pairs for sample images: centre crops, each degraded with a seed of its own.
 
     Returns:
         (hq, lq) of (3, size, size) each, in [-1, 1].
 
     Raises:
-        PictureError: the folder has no pictures, or one cannot be used.
+        ImageError: the folder has no images, or one cannot be used.
     """
     pairs = []
-    for index, file in enumerate(list_pictures(folder)[:count]):
-        picture = open_picture(file)
-        if min(picture.size) < config.size:
-            raise PictureError(f"{file} of {picture.width} x {picture.height} pixels is smaller than {config.size}.")
-        left, top = ((side - config.size) // 2 for side in picture.size)
-        hq = picture.crop((left, top, left + config.size, top + config.size))
+    for index, file in enumerate(list_images(folder)[:count]):
+        image = open_image(file)
+        if min(image.size) < config.size:
+            raise ImageError(f"{file} of {image.width} x {image.height} pixels is smaller than {config.size}.")
+        left, top = ((side - config.size) // 2 for side in image.size)
+        hq = image.crop((left, top, left + config.size, top + config.size))
         lq = degrade(hq, config.degradation, np.random.default_rng([seed, 3, index]))
         pairs.append((to_tensor(hq) * 2 - 1, to_tensor(enlarge(lq, hq.size)) * 2 - 1))
     return pairs

@@ -1,6 +1,6 @@
-"""The two-stage degradation that makes low-quality pictures for training (Real-ESRGAN's process, paper section 4).
+"""The two-stage degradation that makes low-quality images for training (Real-ESRGAN's process, paper section 4).
 
-Blur, resize, noise and JPEG, twice, and a final sinc filter that makes the ringing of sharpened pictures. Every
+Blur, resize, noise and JPEG, twice, and a final sinc filter that makes the ringing of sharpened images. Every
 range is a setting, and every draw comes from one generator, so a sample depends on its seed alone and not on the
 worker that makes it.
 
@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ..errors import PictureError, SettingsError
+from ..errors import ImageError, SettingsError
 
 Range = tuple[float, float]
 
 KernelKind = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
 
 MIN_SIDE = 8
-"""Smallest side in pixels that a degraded picture is allowed to have on its way."""
+"""Smallest side in pixels that a degraded image is allowed to have on its way."""
 
 
 def _check_range(name: str, value: Range, low: float, high: float) -> None:
@@ -91,7 +91,7 @@ class Pass:
     """One pass of blur, resize, noise and JPEG.
 
     Attributes:
-        blur_probability: how often the picture is blurred at all.
+        blur_probability: how often the image is blurred at all.
         sinc_probability: how often the blur is a sinc filter.
         blur_sigma: standard deviation of the kernels in pixels.
         resize: range of the scale factor.
@@ -232,7 +232,7 @@ def _draw_beta(rng: np.random.Generator, bounds: Range) -> float:
 
 
 def filter_image(image: Tensor, kernel: NDArray[np.float64]) -> Tensor:
-    """Convolve every channel with a kernel; the border is mirrored, or repeated where the picture is too small for
+    """Convolve every channel with a kernel; the border is mirrored, or repeated where the image is too small for
     that.
 
     Args:
@@ -253,7 +253,7 @@ def _resize(image: Tensor, height: int, width: int, rng: np.random.Generator) ->
 
 
 def _noise(image: Tensor, rng: np.random.Generator, settings: Pass) -> Tensor:
-    """Add Gaussian or Poisson noise; the picture is in [0, 1]."""
+    """Add Gaussian or Poisson noise; the image is in [0, 1]."""
     gaussian = rng.random() < settings.gaussian_probability
     grey = rng.random() < settings.grey_probability
     strength = rng.uniform(*(settings.gaussian_sigma if gaussian else settings.poisson_scale))
@@ -272,42 +272,42 @@ def _noise(image: Tensor, rng: np.random.Generator, settings: Pass) -> Tensor:
 
 def _jpeg(image: Tensor, quality: int) -> Tensor:
     buffer = io.BytesIO()
-    to_picture(image).save(buffer, "JPEG", quality=quality)
+    to_image(image).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as opened:
         return to_tensor(opened)
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to an 8-bit picture; values outside are clipped."""
+def to_image(image: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to an 8-bit image; values outside are clipped."""
     return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().numpy())
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """A picture to (3, H, W) in [0, 1], float32."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+def to_tensor(original: Image.Image) -> Tensor:
+    """An image to (3, H, W) in [0, 1], float32."""
+    return torch.from_numpy(np.array(original.convert("RGB"))).permute(2, 0, 1).float() / 255
 
 
-def degrade(picture: Image.Image, config: DegradationConfig, rng: np.random.Generator) -> Image.Image:
-    """Make a low-quality picture.
+def degrade(original: Image.Image, config: DegradationConfig, rng: np.random.Generator) -> Image.Image:
+    """Make a low-quality image.
 
     Args:
-        picture: the high-quality one, RGB.
+        original: the high-quality image, RGB.
         config: the ranges to draw from.
         rng: source of all draws; the same state gives the same result.
 
     Returns:
-        A picture `config.scale` times smaller (sides rounded up), 8 bits, with its JPEG traces.
+        An image `config.scale` times smaller (sides rounded up), 8 bits, with its JPEG traces.
 
     Raises:
-        PictureError: the picture is too small for the scale.
+        ImageError: the image is too small for the scale.
     """
-    width, height = -(-picture.width // config.scale), -(-picture.height // config.scale)
+    width, height = -(-original.width // config.scale), -(-original.height // config.scale)
     if min(width, height) < MIN_SIDE:
-        raise PictureError(
-            f"The picture of {picture.width} x {picture.height} pixels is too small to be degraded at scale "
+        raise ImageError(
+            f"The image of {original.width} x {original.height} pixels is too small to be degraded at scale "
             f"{config.scale}: expected at least {MIN_SIDE * config.scale} pixels a side."
         )
-    image = to_tensor(picture)
+    image = to_tensor(original)
     passes = [config.first] if config.second is None else [config.first, config.second]
     for settings in passes:
         last = settings is passes[-1]
@@ -316,7 +316,7 @@ def degrade(picture: Image.Image, config: DegradationConfig, rng: np.random.Gene
                 image, draw_kernel(rng, config.kernels, settings.blur_sigma, settings.sinc_probability)
             )
         # The second factor is relative to the final size, as in the published process.
-        base = (height, width) if len(passes) == 2 and last else (picture.height, picture.width)
+        base = (height, width) if len(passes) == 2 and last else (original.height, original.width)
         factor = _draw_factor(rng, settings)
         size = (max(MIN_SIDE, round(base[0] * factor)), max(MIN_SIDE, round(base[1] * factor)))
         image = _resize(image, *size, rng)
@@ -333,7 +333,7 @@ def degrade(picture: Image.Image, config: DegradationConfig, rng: np.random.Gene
             image = filter_image(image, sinc_kernel(_draw_size(rng, config.kernels), rng.uniform(math.pi / 3, math.pi)))
         if not jpeg_first:
             image = _jpeg(image, quality)
-    return to_picture(image)
+    return to_image(image)
 
 
 def _draw_factor(rng: np.random.Generator, settings: Pass) -> float:

@@ -19,25 +19,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import MissingPackageError, SettingsError, install_extra
-from ..schedule import alphas_cumprod, leading_timesteps, sampling_sigmas
+from ..sampling.schedule import alphas_cumprod, leading_timesteps, sampling_sigmas
 from .config import StageConfig, TrainConfig
 from .data import SampleSettings, StepBatches, TrainingSet, collate, open_source, usable_entries, validation_pairs
-from .degradation import to_picture
-from .model import FaithDiffModel, Frozen, add_lora, load_models, time_ids, trainable
+from .degradation import to_image
+from .model import FrozenModels, TrainableModel, add_lora, load_models, time_ids, trainable
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in the output folder."""
 
-FREE_TO_CHANGE = ("output", "workers", "checkpoint_every", "keep", "resume", "log_every", "tensorboard", "validation")
+RESUME_MUTABLE_FIELDS = (
+    "output",
+    "workers",
+    "checkpoint_every",
+    "keep",
+    "resume",
+    "log_every",
+    "tensorboard",
+    "validation",
+)
 """Settings that may differ between a checkpoint and the run that goes on from it."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class Place:
+class TrainState:
     """Where a run is: the stage's index in the configuration, and the steps done in it."""
 
     stage: int = 0
@@ -51,7 +60,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class TrainResult:
     """What came of a run.
 
     Attributes:
@@ -89,7 +98,7 @@ class _Stop:
                 signal.signal(number, handler)
 
 
-def train(config: TrainConfig) -> Outcome:
+def train(config: TrainConfig) -> TrainResult:
     """Run a configuration's stages, from the newest checkpoint if there is one.
 
     Files `stage1.safetensors`, `stage1_adapter.safetensors` and so on are written to the output folder at the end of
@@ -141,7 +150,7 @@ def train(config: TrainConfig) -> Outcome:
             finished = run.all_stages()
     finally:
         accelerator.end_training()
-    return Outcome(finished, len(run.losses), run.losses, run.files)
+    return TrainResult(finished, len(run.losses), run.losses, run.files)
 
 
 class _StageState:
@@ -161,11 +170,11 @@ class _StageState:
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, accelerator: Any, model: FaithDiffModel, frozen: Frozen, dataset: TrainingSet
+        self, config: TrainConfig, accelerator: Any, model: TrainableModel, frozen: FrozenModels, dataset: TrainingSet
     ) -> None:
         self.config, self.accelerator, self.model, self.frozen = config, accelerator, model, frozen
         self.dataset = dataset
-        self.place = Place()
+        self.place = TrainState()
         self.stop = _Stop()
         self.losses: list[float] = []
         self.files: list[Path] = []
@@ -278,7 +287,7 @@ class _Run:
         latents = self.frozen.latents(hq, posterior)
         context, pooled = self.frozen.encode_texts(batch["caption"], device)
         ids = time_ids(len(hq), self.config.data.size, device)
-        # Rows of the U-Net: the draws of the first picture, then those of the second, and so on.
+        # Rows of the U-Net: the draws of the first image, then those of the second, and so on.
         latents, context, pooled, ids = (
             part.repeat_interleave(self.config.draws, dim=0) for part in (latents, context, pooled, ids)
         )
@@ -327,7 +336,7 @@ class _Run:
             self.state.ema.restore(parameters)
 
     def _sample(self, stage: StageConfig) -> None:
-        """Write sample pictures (low quality | restored | high quality) and log their PSNR."""
+        """Write sample images (low quality | restored | high quality) and log their PSNR."""
         assert self.config.validation is not None
         if not self.accelerator.is_main_process:
             return
@@ -344,7 +353,7 @@ class _Run:
                 )[0].cpu()
                 scores.append(float(10 * torch.log10(4 / (restored - hq).square().mean().clamp(min=1e-12))))
                 sheet = torch.cat([lq, restored, hq], dim=2) / 2 + 0.5
-                to_picture(sheet).save(folder / f"stage{stage.stage}-{self.place.step:08d}-{index}.png")
+                to_image(sheet).save(folder / f"stage{stage.stage}-{self.place.step:08d}-{index}.png")
         self.model.train()
         self.accelerator.log({f"stage{stage.stage}/psnr": sum(scores) / len(scores)}, step=self.place.step)
 
@@ -380,7 +389,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-def write_files(model: FaithDiffModel, config: TrainConfig, name: str) -> list[Path]:
+def write_files(model: TrainableModel, config: TrainConfig, name: str) -> list[Path]:
     """Write the full and the adapter-only file of a model.
 
     Returns:
@@ -400,8 +409,10 @@ def write_files(model: FaithDiffModel, config: TrainConfig, name: str) -> list[P
 
 
 @torch.no_grad()
-def sample(model: FaithDiffModel, frozen: Frozen, lq: Tensor, steps: int, seed: int, device: torch.device) -> Tensor:
-    """Restore pictures in one piece with Euler steps from noise, without guidance and with the empty caption.
+def sample(
+    model: TrainableModel, frozen: FrozenModels, lq: Tensor, steps: int, seed: int, device: torch.device
+) -> Tensor:
+    """Restore images in one piece with Euler steps from noise, without guidance and with the empty caption.
 
     Args:
         model: in evaluation mode.
@@ -452,7 +463,7 @@ def check_same_run(checkpoint: Path, config: TrainConfig) -> None:
         SettingsError: they differ in something that changes what is learned.
     """
     then, now = json.loads((checkpoint / "config.json").read_text()), as_plain(config)
-    different = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
+    different = [k for k in now if k not in RESUME_MUTABLE_FIELDS and then.get(k) != now[k]]
     if different:
         raise SettingsError(
             f"{checkpoint} was made with other settings ({', '.join(different)}). Restore them, choose another output "

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..alignment import Alignment, AlignmentConfig, published_state
-from ..engine.sampling import AlignmentHook
+from ..engine.alignment_hook import AlignmentHook
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
-from ..lq_encoder import LQEncoder, LQEncoderConfig
-from ..weights import ENCODER_PREFIX, read_faithdiff
+from ..models.alignment import Alignment, AlignmentConfig, published_state
+from ..models.lq_encoder import LQEncoder, LQEncoderConfig
+from ..weights.faithdiff_file import ENCODER_PREFIX, read_faithdiff
 from .config import LoraConfig, StageConfig
 
 CAPTIONS_KEPT = 4096
@@ -24,12 +24,12 @@ CAPTIONS_KEPT = 4096
 logger = logging.getLogger(__name__)
 
 
-class FaithDiffModel(nn.Module):
+class TrainableModel(nn.Module):
     """Everything that learns, as one module, so that any wrapper of distributed training sees one forward pass.
 
     Args:
         unet: a diffusers U-Net with SDXL's architecture.
-        lq_encoder: reads the low-quality picture.
+        lq_encoder: reads the low-quality image.
         alignment: unfolded, joins the two.
     """
 
@@ -52,7 +52,7 @@ class FaithDiffModel(nn.Module):
             context: text embeddings, (B, tokens, cross_attention_dim).
             pooled: pooled text embeddings, (B, width).
             time_ids: SDXL's six numbers on size and crop, (B, 6).
-            lq: low-quality pictures in [-1, 1], (B, 3, 8 h, 8 w), or one for every few rows of the others; None leaves
+            lq: low-quality images in [-1, 1], (B, 3, 8 h, 8 w), or one for every few rows of the others; None leaves
                 the alignment out.
 
         Returns:
@@ -191,7 +191,7 @@ def new_alignment(feature_channels: int, unet_channels: int) -> Alignment:
 
 
 @dataclass
-class Frozen:
+class FrozenModels:
     """The parts of the base model that never learn.
 
     Attributes:
@@ -254,7 +254,7 @@ class Frozen:
         return torch.stack([p[0] for p in pairs]).to(device), torch.stack([p[1] for p in pairs]).to(device)
 
 
-def load_models(base: Path, init: Path | None) -> tuple[FaithDiffModel, Frozen]:
+def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenModels]:
     """Read the base model and what training starts from.
 
     Args:
@@ -293,7 +293,7 @@ def load_models(base: Path, init: Path | None) -> tuple[FaithDiffModel, Frozen]:
             except RuntimeError as error:
                 raise WeightsError(f"{init}: its U-Net does not fit the one in {base}: {error}") from error
     pipeline.unet = None
-    return FaithDiffModel(unet.train(), lq_encoder.train(), alignment.train()), Frozen(pipeline, pipeline.vae)
+    return TrainableModel(unet.train(), lq_encoder.train(), alignment.train()), FrozenModels(pipeline, pipeline.vae)
 
 
 def time_ids(batch: int, size: int, device: torch.device) -> Tensor:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import comfy_host
 import pytest
 
 HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:
-    sys.path.append(str(HERE))
-
-import harness  # noqa: E402
 
 _missing: set[str] = set()
 
@@ -23,16 +19,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not mine:
         return
     try:
-        found = harness.find_host()
-    except harness.HostError as error:
+        found = comfy_host.find_host()
+    except comfy_host.HostError as error:
         raise pytest.UsageError(str(error)) from error
     for item in mine:
         fixtures = getattr(item, "fixturenames", ())
         if found is None:
-            _missing.add(harness.NO_HOST)
+            _missing.add(comfy_host.NO_HOST)
             item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
-        elif "browser" in fixtures and harness.find_browser() is None:
-            _missing.add(harness.NO_BROWSER)
+        elif "browser" in fixtures and comfy_host.find_browser() is None:
+            _missing.add(comfy_host.NO_BROWSER)
             item.add_marker(pytest.mark.skip(reason="no Chromium, chromedriver or selenium found"))
 
 
@@ -45,31 +41,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(scope="session")
 def host_path() -> Path:
     """The ComfyUI folder."""
-    path = harness.find_host()
+    path = comfy_host.find_host()
     assert path is not None  # without one the test was skipped
     return path
 
 
 @pytest.fixture(scope="session")
-def host(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> harness.Host:
+def host(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> comfy_host.Host:
     """ComfyUI in this process, started once."""
-    return harness.Host(host_path, tmp_path_factory.mktemp("host"))
+    return comfy_host.Host(host_path, tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture(scope="module")
-def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Server]:
+def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.Server]:
     """ComfyUI's server in a process of its own, started once a module."""
-    server = harness.Server(host_path, tmp_path_factory.mktemp("server"))
+    server = comfy_host.Server(host_path, tmp_path_factory.mktemp("server"))
     yield server
     server.stop()
 
 
 @pytest.fixture(scope="module")
-def browser(server: harness.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[harness.Page]:
+def browser(server: comfy_host.Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[comfy_host.Page]:
     """The server's web page in headless Chromium, opened."""
-    found = harness.find_browser()
+    found = comfy_host.find_browser()
     assert found is not None  # without one the test was skipped
-    page = harness.Page(server, *found, tmp_path_factory.mktemp("chromium"))
+    page = comfy_host.Page(server, *found, tmp_path_factory.mktemp("chromium"))
     try:
         page.open()
         yield page

@@ -16,17 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy_client
 import numpy as np
 import pytest
-from harness import REPO, PromptRejectedError, Server
+import restore_over_http
+from comfy_host import REPO, PromptRejectedError, Server
 from PIL import Image
 
 EXAMPLES = REPO / "docs" / "examples"
 API = REPO / "workflows" / "api"
-sys.path.append(str(EXAMPLES))
 
-import comfy_client  # noqa: E402
-import restore_over_http  # noqa: E402
 
 DOCUMENT = (REPO / "docs" / "api.md").read_text(encoding="utf-8")
 DEFAULT = "127.0.0.1:8188"
@@ -72,7 +71,7 @@ class Project:
     """This pack's folder as the document's reader has it, with the demo model in the place of the large one.
 
     Attributes:
-        folder: with docs/examples, workflows, photo.jpg and pictures.
+        folder: with docs/examples, workflows, photo.jpg and images.
         server: where its commands go.
     """
 
@@ -87,13 +86,13 @@ class Project:
         (folder / "workflows" / "api" / "faithdiff_2x.json").write_text(json.dumps(small_workflow()))
         (folder / "workflows" / "faithdiff_2x.json").write_text(json.dumps(small_page_workflow()))
         photograph = Image.fromarray(photograph_pixels())
-        (folder / "pictures").mkdir()
+        (folder / "images").mkdir()
         photograph.crop((180, 80, 228, 112)).save(folder / "photo.jpg", quality=95)
-        # Two sizes of results in all: the first picture of a size takes seconds, the others tenths.
-        photograph.crop((100, 60, 172, 108)).save(folder / "pictures" / "boat.jpg", quality=95)
-        photograph.crop((200, 90, 248, 122)).save(folder / "pictures" / "harbour.png")
-        (folder / "pictures" / "broken.jpg").write_text("not a picture")
-        (folder / "pictures" / "boat.txt").write_text("A drawing.\n", encoding="utf-8")
+        # Two sizes of results in all: the first image of a size takes seconds, the others tenths.
+        photograph.crop((100, 60, 172, 108)).save(folder / "images" / "boat.jpg", quality=95)
+        photograph.crop((200, 90, 248, 122)).save(folder / "images" / "harbour.png")
+        (folder / "images" / "broken.jpg").write_text("not an image")
+        (folder / "images" / "boat.txt").write_text("A drawing.\n", encoding="utf-8")
 
     def here(self, text: str) -> str:
         """A text with this server's address."""
@@ -146,11 +145,11 @@ class Project:
         found: dict[str, Any] = json.loads((self.folder / "workflows" / "api" / "faithdiff_2x.json").read_text())
         return found
 
-    def expected(self, picture: str, **values: Any) -> np.ndarray:
-        """What a picture becomes with some inputs, given as NODE_INPUT with the nodes' numbers; nothing is cached."""
+    def expected(self, source: str, **values: Any) -> np.ndarray:
+        """What an image becomes with some inputs, given as NODE_INPUT with the nodes' numbers; nothing is cached."""
         workflow = self.workflow()
         name = f"expected_{len(list((self.server.base / 'input').iterdir()))}.png"
-        workflow["1"]["inputs"]["image"] = self.server.upload(self.folder / picture, name)
+        workflow["1"]["inputs"]["image"] = self.server.upload(self.folder / source, name)
         for key, value in values.items():
             _, number, field = key.split("_", 2)
             workflow[number]["inputs"][field] = value
@@ -158,12 +157,12 @@ class Project:
         return pixels(self.server.view(image))
 
     def result(self, name: str) -> np.ndarray:
-        """A picture that a command has written."""
+        """An image that a command has written."""
         return pixels((self.folder / name).read_bytes())
 
 
 def pixels(content: bytes) -> np.ndarray:
-    """A picture's pixels."""
+    """An image's pixels."""
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
@@ -229,8 +228,8 @@ def test_no_block_is_left_out() -> None:
     found = {title: {language for language, _ in kinds} for title, kinds in SECTIONS.items() if kinds}
     assert found == {
         "Start the server": {"sh"},
-        "One picture": {"console"},
-        "A folder of pictures": {"console"},
+        "One image": {"console"},
+        "A folder of images": {"console"},
         "In your own program": {"python"},
         "With curl": {"sh"},
         "With comfy-cli": {"sh"},
@@ -246,8 +245,8 @@ def test_start_the_server(project: Project) -> None:
     assert "comfyui_version" in json.loads(project.shell(ready))["system"]
 
 
-def test_one_picture(project: Project) -> None:
-    for text in blocks("One picture", "console"):
+def test_one_image(project: Project) -> None:
+    for text in blocks("One image", "console"):
         project.console(text)
     expected = project.expected("photo.jpg", node_5_text="a harbour at dawn", node_9_seed=7)
     assert expected.shape == (64, 96, 3)
@@ -260,19 +259,19 @@ def test_one_picture(project: Project) -> None:
 
 def test_a_folder(project: Project) -> None:
     """One of three is broken; a second run does that one only, when it is mended."""
-    (text,) = blocks("A folder of pictures", "console")
+    (text,) = blocks("A folder of images", "console")
     project.console(text)
     restored = project.folder / "restored"
     assert sorted(file.name for file in restored.iterdir()) == ["boat.png", "harbour.png"]
     assert np.array_equal(
-        project.result("restored/boat.png"), project.expected("pictures/boat.jpg", node_5_text="A drawing.")
+        project.result("restored/boat.png"), project.expected("images/boat.jpg", node_5_text="A drawing.")
     )
-    expected = project.expected("pictures/harbour.png", node_5_text="a photograph")
+    expected = project.expected("images/harbour.png", node_5_text="a photograph")
     assert np.array_equal(project.result("restored/harbour.png"), expected)
-    assert not np.array_equal(expected, project.expected("pictures/harbour.png", node_5_text="A drawing."))
+    assert not np.array_equal(expected, project.expected("images/harbour.png", node_5_text="A drawing."))
 
     before = {file: file.stat().st_mtime_ns for file in restored.iterdir()}
-    shutil.copy(project.folder / "photo.jpg", project.folder / "pictures" / "broken.jpg")
+    shutil.copy(project.folder / "photo.jpg", project.folder / "images" / "broken.jpg")
     command = text.splitlines()[0].removeprefix("$ ")
     assert "1 restored, 2 skipped (done before), 0 failed" in project.shell(command)
     assert {file: file.stat().st_mtime_ns for file in before} == before
@@ -366,8 +365,8 @@ def test_errors(project: Project, server: Server) -> None:
     assert rejected.value.status == 400
     assert holds(refused, rejected.value.body), rejected.value.body
 
-    broken = project.folder / "no_picture.jpg"
-    broken.write_text("not a picture either")
+    broken = project.folder / "no_image.jpg"
+    broken.write_text("not an image either")
     workflow = project.workflow()
     workflow["1"]["inputs"]["image"] = server.upload(broken)
     result = server.run(workflow, check=False)
@@ -401,7 +400,7 @@ def test_what_runs_again(project: Project, server: Server) -> None:
 def test_the_titles_and_inputs_are_in_all_workflows() -> None:
     for path in sorted(API.glob("*.json")):
         workflow = comfy_client.load_workflow(path)
-        for key in ("FaithDiffSampler.seed", "Positive: what is in the picture.text", "Negative: empty.text"):
+        for key in ("FaithDiffSampler.seed", "Positive: what is in the image.text", "Negative: empty.text"):
             comfy_client.set_input(workflow, key, 1)
         classes = [node["class_type"] for node in workflow.values()]
         assert classes.count("SaveImage") == 1
@@ -429,8 +428,8 @@ def restore(project: Project, capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def test_server_that_is_not_there(restore: Any) -> None:
-    """The folder's other pictures are not tried."""
-    code, said = restore("pictures", "-o", "nowhere", server="127.0.0.1:9")
+    """The folder's other images are not tried."""
+    code, said = restore("images", "-o", "nowhere", server="127.0.0.1:9")
     assert code == 1
     assert "0 restored, 0 skipped (done before), 1 failed, 2 not tried" in said
     assert "No answer from http://127.0.0.1:9" in said
@@ -449,9 +448,9 @@ def test_something_else_answers(restore: Any) -> None:
     ("words", "message"),
     [
         (("photo.jpg", "-o", "x.jpg"), "Results are PNG files"),
-        (("pictures", "-o", "pictures"), "is the input"),
+        (("images", "-o", "images"), "is the input"),
         (("photo.jpg", "-o", "photo.jpg"), "is the input"),
-        (("workflows", "-o", "x"), "There is no picture in workflows"),
+        (("workflows", "-o", "x"), "There is no image in workflows"),
         (("photo.jpg", "-o", "x.png", "--set", "FaithDiffSampler.seeds=1"), "It has: "),
         (("photo.jpg", "-o", "x.png", "--set", "FaithDiffSampler.seed"), "Write NODE.INPUT=VALUE"),
         (("photo.jpg", "-o", "x.png", "--workflow", "workflows/faithdiff_2x.json"), "Export (API)"),
@@ -516,7 +515,7 @@ def test_previews_are_no_results(project: Project, server: Server) -> None:
     client, workflow = comfy_client.ComfyServer(server.url), project.workflow()
     comfy_client.set_input(workflow, "LoadImage.image", client.upload(project.folder / "photo.jpg"))
     workflow["12"]["class_type"] = "PreviewImage"
-    with pytest.raises(comfy_client.RunError, match="saved no picture"):
+    with pytest.raises(comfy_client.RunError, match="saved no image"):
         client.run(workflow)
 
 
@@ -526,13 +525,13 @@ def test_sixteen_bits(project: Project, server: Server) -> None:
     workflow["12"]["class_type"] = "SaveImageAdvanced"
     workflow["12"]["inputs"] |= {"format": "png", "format.bit_depth": "8-bit", "format.input_color_space": "sRGB"}
     comfy_client.set_input(workflow, "SaveImageAdvanced.format.bit_depth", "16-bit")
-    (picture,) = client.run(workflow)
-    content = client.download(picture)
+    (image,) = client.run(workflow)
+    content = client.download(image)
     assert content[24] == 16  # the bit depth in a PNG's header
     assert Image.open(io.BytesIO(content)).size == (96, 64)
 
 
-def test_several_pictures_are_numbered(project: Project, server: Server, tmp_path: Path) -> None:
+def test_several_images_are_numbered(project: Project, server: Server, tmp_path: Path) -> None:
     client, workflow = comfy_client.ComfyServer(server.url), project.workflow()
     workflow["60"] = {
         "class_type": "RepeatImageBatch",

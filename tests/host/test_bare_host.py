@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib import metadata
 from pathlib import Path
 
-import harness
+import comfy_host
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-from blocked import run_without
+from support.blocked import run_without
 
 DEMO = """
 import json, sys
 from pathlib import Path
 
 sys.path.append(sys.argv[1])
-import harness
+import comfy_host
 
-host = harness.Host(Path(sys.argv[2]), Path(sys.argv[3]))
-host.run(harness.quick_demo(host.base))
+host = comfy_host.Host(Path(sys.argv[2]), Path(sys.argv[3]))
+host.run(comfy_host.quick_demo(host.base))
 print(json.dumps(sorted(host.node_ids)))
 """
 
@@ -59,8 +55,8 @@ def test_nodes_load_and_restore_with_what_comfyui_brings(host_path: Path, tmp_pa
     assert {"accelerate", "cv2", "diffusers", "peft", "skimage"} <= others
     assert {"torch", "transformers", "safetensors"}.isdisjoint(others)
     done = run_without(
-        others - {"faithdiff_core"}, DEMO, str(Path(harness.__file__).parent), str(host_path), str(tmp_path / "base")
+        others - {"faithdiff_core"}, DEMO, str(comfy_host.REPO / "tools"), str(host_path), str(tmp_path / "base")
     )
     assert done.returncode == 0, done.stdout + done.stderr
     nodes = json.loads(done.stdout.splitlines()[-1])
-    assert {name for name in nodes if name.startswith("FaithDiff")} == harness.NODES
+    assert {name for name in nodes if name.startswith("FaithDiff")} == comfy_host.NODES

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Host
-from restoring import Setup, load, pictures, relative
+from comfy_host import Host
+from support.host_sampling import Setup, images, load, relative
 
 BRANCHES: dict[str, dict[str, Any]] = {
     "tiles": {"tile_size": 64},
@@ -49,7 +49,7 @@ def compiled(model: Any, **kw: Any) -> Any:
 
 def differences(setup: Setup, model: Any) -> dict[str, float]:
     """Compiled against not compiled, in every branch. There are three tiles, each with a condition of its own."""
-    features = setup.features(pictures(64, 104, seed=1))
+    features = setup.features(images(64, 104, seed=1))
     return {
         name: relative(
             setup.restore(features, model=model, steps=1, **settings), setup.restore(features, steps=1, **settings)

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import GOLDEN, Host
-from restoring import LATENT_SCALE, Setup, gaussian, load, pictures, relative
+from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file, save_file
+from support.host_sampling import VAE_SCALING_FACTOR, Setup, gaussian, images, load, relative
 from torch import Tensor
 
-from faithdiff_core.tiles import Tile, TileGrid
+from faithdiff_core.tiling.grid import Tile, TileGrid
 
 HEIGHT, WIDTH, TILE, OVERLAP = 104, 152, 64, 0.5
 SIGMAS = torch.tensor([2.0, 0.0])
@@ -32,13 +32,13 @@ def setup(host: Host) -> Setup:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Tensor:
-    return pictures(HEIGHT, WIDTH, seed=1)
+def image() -> Tensor:
+    return images(HEIGHT, WIDTH, seed=1)
 
 
 @pytest.fixture(scope="module")
-def features(setup: Setup, picture: Tensor) -> Any:
-    return setup.features(picture)
+def features(setup: Setup, image: Tensor) -> Any:
+    return setup.features(image)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def adapter_file(host: Host) -> str:
 
 Conds = tuple[Any, Any]
 ForTile = Callable[[Tile | None], Conds]
-"""Makes positive and negative for a tile, or for the whole picture where there is none."""
+"""Makes positive and negative for a tile, or for the whole image where there is none."""
 
 
 def sample(
@@ -199,8 +199,8 @@ def test_adapter_file_leaves_the_unet_alone(host: Host, setup: Setup, features: 
 
 @pytest.mark.parametrize("chained", [False, True])
 def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> None:
-    """Every tile gets its part of the hint. The hint is smaller than the picture and of another shape."""
-    hints = [pictures(HEIGHT, WIDTH, seed=20 + i) for i in range(2 if chained else 1)]
+    """Every tile gets its part of the hint. The hint is smaller than the image and of another shape."""
+    hints = [images(HEIGHT, WIDTH, seed=20 + i) for i in range(2 if chained else 1)]
     controls = [host.call("TestControlNet", seed=i)[0] for i in range(len(hints))]
 
     def conds(tile: Tile | None) -> Conds:
@@ -229,7 +229,7 @@ def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> N
 
 def test_controlnet_hint_of_another_size(host: Host, setup: Setup, features: Any) -> None:
     """A hint of half the size is enlarged as a whole before it is cut, so tiles see what an untiled call would see."""
-    half = pictures(HEIGHT // 2, WIDTH // 2, seed=22)
+    half = images(HEIGHT // 2, WIDTH // 2, seed=22)
     enlarged = torch.nn.functional.interpolate(half.movedim(-1, 1), (HEIGHT, WIDTH), mode="nearest-exact").movedim(
         1, -1
     )
@@ -275,7 +275,7 @@ def test_mask(host: Host, setup: Setup, features: Any) -> None:
 def test_noise_mask(setup: Setup, features: Any) -> None:
     """Inpainting: what the mask leaves out comes back unchanged."""
     mask = (torch.rand(1, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(3)) > 0.5).float()
-    start = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=6) / LATENT_SCALE
+    start = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=6) / VAE_SCALING_FACTOR
     assert compare(setup, lambda tile: tile_conds(setup, features, tile), noise_mask=mask, start=start) < TOLERANCE
     restored = setup.restore(
         features, start_point="lr", tile_size=TILE, latent_image={"samples": start, "noise_mask": mask}, steps=2
@@ -288,7 +288,7 @@ def test_noise_mask(setup: Setup, features: Any) -> None:
 def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
     """Areas, which cross tiles: in a tile each is what of it lies there.
 
-    The host softens an area's border only inside a picture, so by hand the weights of the whole picture are used: every
+    The host softens an area's border only inside an image, so by hand the weights of the whole image are used: every
     area of a tile is predicted on its own, without tiling, and put together with the host's weights.
     """
     areas = [(HEIGHT // 8, 8, 0, 0), (HEIGHT // 8, WIDTH // 8 - 6, 0, 6)]  # height, width, top, left; they overlap
@@ -359,7 +359,7 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
 def test_perp_neg(host: Host, setup: Setup, features: Any) -> None:
     """Perpendicular guidance looks at the whole latent, so by hand it is computed from three merged predictions.
 
-    The empty prompt passes through no FaithDiffConditioning; it is about the same picture as the others all the same.
+    The empty prompt passes through no FaithDiffConditioning; it is about the same image as the others all the same.
     """
     empty = host.call("TestConditioning", which="random", seed=8)[0]
     positive, negative = setup.conditioned(features)
@@ -398,9 +398,9 @@ def test_perturbed_attention(host: Host, setup: Setup, features: Any) -> None:
     )
 
 
-def test_different_features_for_two_prompts(setup: Setup, features: Any, picture: Tensor) -> None:
-    """Rows with LQ features of their own: each guidance half follows its own picture."""
-    other = setup.features(picture.flip(1))
+def test_different_features_for_two_prompts(setup: Setup, features: Any, image: Tensor) -> None:
+    """Rows with LQ features of their own: each guidance half follows its own image."""
+    other = setup.features(image.flip(1))
     positive = setup.conditioned(features)[0]
     negative = setup.conditioned(other, strength=0.5)[1]
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import REPO, Host, Runner
+from comfy_host import REPO, Host, Runner
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +20,7 @@ API = REPO / "workflows" / "api" / "faithdiff_demo.json"
 CAPTIONS = ("", "A photograph.", "A drawing.", "two grey cats, 3 dogs & a naïve café at night")
 
 SIDES = (104, 84)
-"""Height and width of the low-quality picture: enlarged, several tiles, and one side is padded."""
+"""Height and width of the low-quality image: enlarged, several tiles, and one side is padded."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def models(host: Host) -> tuple[Any, ...]:
 @pytest.fixture(scope="module")
 def demo_module(host: Host) -> ModuleType:
     """The module that loads the demo model, as the host has it."""
-    return host.pack_module("nodes.bridge.demo")
+    return host.pack_module("nodes.bridge.demo_model")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def low_quality() -> Tensor:
 
 @pytest.fixture(scope="module")
 def prompt(host: Host, low_quality: Tensor) -> dict[str, Any]:
-    """The demo workflow with the low-quality picture in the input folder, few steps, and tiles so small that several
+    """The demo workflow with the low-quality image in the input folder, few steps, and tiles so small that several
     are needed.
     """
     pixels = (low_quality[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
@@ -115,7 +115,7 @@ def test_the_vae_equals_that_of_diffusers(
 def test_the_workflow_restores_as_the_engine_does(
     host: Host, engine: Any, prompt: dict[str, Any], low_quality: Tensor
 ) -> None:
-    """From the picture to the picture: both draw the same noise from a seed."""
+    """From the image to the image: both draw the same noise from a seed."""
     settings = node_of(prompt, "FaithDiffSampler")["inputs"]
     finish = link_to(prompt, "FaithDiffFinishImage")
     result = host.run(prompt, {"image": finish})
@@ -189,7 +189,7 @@ def test_missing_files_are_named(demo_module: ModuleType, host: Host, tmp_path: 
 
 
 def test_heads_of_several_widths_are_refused(demo_module: ModuleType, host: Host) -> None:
-    sizes = host.pack_module("faithdiff_core.unet_layout").UNetConfig((32, 64, 128), 1, (0, 1, 1), 1, 64, 1600)
+    sizes = host.pack_module("faithdiff_core.weights.unet_shapes").UNetConfig((32, 64, 128), 1, (0, 1, 1), 1, 64, 1600)
     assert demo_module.unet_config(sizes, [1, 1, 2])["num_head_channels"] == 64
     with pytest.raises(host.pack_module("faithdiff_core.errors").WeightsError, match=r"\[64, 128\]"):
         demo_module.unet_config(sizes, 1)

@@ -1,4 +1,4 @@
-"""Whole graphs in the host's executor: batches, caching, branches, the ends of a picture, and errors."""
+"""Whole graphs in the host's executor: batches, caching, branches, the ends of an image, and errors."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Graph, Host, Node, Runner
-from restoring import GivenNoise, Setup, gaussian, load, pictures, relative
+from comfy_host import Graph, Host, Node, Runner
+from support.host_sampling import GivenNoise, Setup, gaussian, images, load, relative
 from torch import Tensor
 
 TOLERANCE = 1e-5
@@ -21,18 +21,18 @@ def setup(host: Host) -> Setup:
 
 
 def image(graph: Graph, **kw: Any) -> Node:
-    """A picture; 128 x 128 and random unless told."""
+    """An image; 128 x 128 and random unless told."""
     return graph.add("TestImage", **({"kind": "random", "width": 128, "height": 128, "batch": 1, "seed": 0} | kw))
 
 
-def restoration(graph: Graph, picture: Node, **sampler: Any) -> dict[str, Node]:
+def restoration(graph: Graph, photo: Node, **sampler: Any) -> dict[str, Node]:
     """The nodes of a whole restoration."""
     base = graph.add("TestModel", weights="golden", seed=0)
     vae = graph.add("TestVAE")
     loader = graph.add(
         "FaithDiffModelLoader", faithdiff_name="faithdiff_tiny.safetensors", weight_dtype="default", model=base[0]
     )
-    prepare = graph.add("FaithDiffPrepareImage", image=picture[0], scale_by=2.0, longest_side=0, multiple=8)
+    prepare = graph.add("FaithDiffPrepareImage", image=photo[0], scale_by=2.0, longest_side=0, multiple=8)
     encode = graph.add("VAEEncode", pixels=prepare[0], vae=vae[0])
     features = graph.add("FaithDiffLQEncode", faithdiff=loader[1], pixels=prepare[0], tile_size=1024, overlap=0.25)
     text = {"seed": 0, "width": 64, "pooled_width": 64, "tokens": 77}
@@ -74,8 +74,8 @@ def restoration(graph: Graph, picture: Node, **sampler: Any) -> dict[str, Node]:
 def test_a_whole_restoration(host: Host) -> None:
     """Any size: 61 x 43 becomes 122 x 86 exactly, with the colours' mean of the enlarged original."""
     graph = Graph()
-    picture = image(graph, kind="photograph", width=61, height=43)
-    nodes = restoration(graph, picture)
+    photo = image(graph, kind="photograph", width=61, height=43)
+    nodes = restoration(graph, photo)
     result = host.run(graph, {"image": nodes["finish"][0], "mask": nodes["finish"][1], "prepared": nodes["prepare"][0]})
     restored = result.outputs["image"]
     assert tuple(restored.shape) == (1, 86, 122, 3)
@@ -114,7 +114,7 @@ def test_queueing_again_gives_the_same(host: Host) -> None:
 
 
 def test_two_branches_do_not_disturb_each_other(host: Host) -> None:
-    """Two restorations of different pictures from one loader, against each on its own."""
+    """Two restorations of different images from one loader, against each on its own."""
 
     def branches(names: tuple[str, ...]) -> dict[str, Tensor]:
         graph = Graph()
@@ -132,8 +132,8 @@ def test_two_branches_do_not_disturb_each_other(host: Host) -> None:
 
 @pytest.mark.parametrize("tile", [64, 1024])
 def test_batches_equal_single_runs(setup: Setup, tile: int) -> None:
-    """N pictures give N results, each equal to its own run with its row of the noise."""
-    batch = pictures(96, 80, batch=3, seed=4)
+    """N images give N results, each equal to its own run with its row of the noise."""
+    batch = images(96, 80, batch=3, seed=4)
     latents = gaussian(3, 4, 12, 10, seed=8)
     noise = gaussian(3, 4, 12, 10, seed=9)
     settings: dict[str, Any] = {"start_point": "lr", "tile_size": tile, "tile_batch": 2}
@@ -150,16 +150,16 @@ def test_batches_equal_single_runs(setup: Setup, tile: int) -> None:
         assert relative(together[i : i + 1], alone) < TOLERANCE
 
 
-def test_one_picture_many_seeds(setup: Setup) -> None:
-    """LQ features of one picture serve a batch of latents; the host's batch_index picks a row's noise."""
-    features = setup.features(pictures(64, 64))
+def test_one_image_many_seeds(setup: Setup) -> None:
+    """LQ features of one image serve a batch of latents; the host's batch_index picks a row's noise."""
+    features = setup.features(images(64, 64))
     latents = torch.zeros(3, 4, 8, 8)
     together = setup.restore(features, latent_image={"samples": latents})
     alone = setup.restore(features, latent_image={"samples": latents[:1], "batch_index": [2]})
     assert relative(together[2:], alone) < TOLERANCE
 
 
-def test_pictures_of_different_sizes_in_a_list(host: Host) -> None:
+def test_images_of_different_sizes_in_a_list(host: Host) -> None:
     graph = Graph()
     first = image(graph, width=64, height=48)
     second = image(graph, width=40, height=56)
@@ -172,12 +172,12 @@ def test_pictures_of_different_sizes_in_a_list(host: Host) -> None:
 
 def test_denoise(setup: Setup) -> None:
     """denoise 0 gives the latent back; a half runs the last half of twice the steps from the noised latent."""
-    features = setup.features(pictures(64, 64))
+    features = setup.features(images(64, 64))
     latent = {"samples": gaussian(1, 4, 8, 8, seed=2)}
     assert torch.equal(setup.restore(features, denoise=0.0, latent_image=latent), latent["samples"])
     noise = gaussian(1, 4, 8, 8, seed=3)
     half = setup.restore(features, denoise=0.5, steps=3, latent_image=latent, noise=GivenNoise(noise))
-    sigmas = setup.host.pack_module("nodes.sampling")._sigmas(setup.model, "faithdiff", 6, 1.0)[3:]
+    sigmas = setup.host.pack_module("nodes.sampler")._sigmas(setup.model, "faithdiff", 6, 1.0)[3:]
     positive, negative = setup.conditioned(features)
     model = setup.tiled(setup.model, 1024)
     by_hand = setup.guided(setup.cfg_guider(model, positive, negative, 5.0), noise, latent, sigmas)
@@ -185,25 +185,25 @@ def test_denoise(setup: Setup) -> None:
 
 
 def test_alpha_travels_to_the_end(host: Host) -> None:
-    """A mask, and the fourth channel of a picture, come out enlarged to the exact size."""
-    picture = pictures(30, 50)
+    """A mask, and the fourth channel of an image, come out enlarged to the exact size."""
+    photo = images(30, 50)
     mask = torch.zeros(1, 30, 50)
     mask[:, :, 25:] = 1.0
-    prepare = host.call("FaithDiffPrepareImage", image=picture, mask=mask, scale_by=2.0, longest_side=0, multiple=8)
+    prepare = host.call("FaithDiffPrepareImage", image=photo, mask=mask, scale_by=2.0, longest_side=0, multiple=8)
     out, out_mask = host.call("FaithDiffFinishImage", image=prepare[0], frame=prepare[1], color_fix="none")
     assert tuple(out_mask.shape) == (1, 60, 100)
     assert torch.equal(out_mask[:, :, :44], torch.zeros(1, 60, 44))
     assert torch.equal(out_mask[:, :, 56:], torch.ones(1, 60, 44))
     assert torch.equal(out, prepare[1].image)
-    rgba = torch.cat([picture, 1.0 - mask.unsqueeze(-1)], dim=-1)
+    rgba = torch.cat([photo, 1.0 - mask.unsqueeze(-1)], dim=-1)
     from_channel = host.call("FaithDiffPrepareImage", image=rgba, scale_by=2.0, longest_side=0, multiple=8)
     assert from_channel[0].shape[-1] == 3
     assert torch.allclose(from_channel[1].mask, out_mask, atol=1e-6)
 
 
 def test_longest_side_and_multiple(host: Host) -> None:
-    picture = pictures(30, 50)
-    prepared, frame = host.call("FaithDiffPrepareImage", image=picture, scale_by=2.0, longest_side=130, multiple=64)
+    photo = images(30, 50)
+    prepared, frame = host.call("FaithDiffPrepareImage", image=photo, scale_by=2.0, longest_side=130, multiple=64)
     assert frame.size == (78, 130)
     assert tuple(prepared.shape) == (1, 128, 192, 3)
     assert torch.equal(prepared[:, :78, :130], frame.image)
@@ -239,7 +239,7 @@ def expect(host: Host, text: str, class_type: str, **inputs: Any) -> None:
 
 
 def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
-    features = setup.features(pictures(64, 96))
+    features = setup.features(images(64, 96))
     sampler: dict[str, Any] = {
         "model": setup.model,
         "positive": setup.positive,
@@ -263,14 +263,14 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     expect(host, "Connect the prepared image through VAE Encode", name, **sampler)
     small = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}}
     expect(host, "must be 96 x 64 pixels", name, **(sampler | small))
-    two_features = setup.features(pictures(64, 96, batch=2))
+    two_features = setup.features(images(64, 96, batch=2))
     three = {"lq_features": two_features, "latent_image": {"samples": torch.zeros(3, 4, 8, 12)}}
-    expect(host, "holds 3 pictures, the LQ features 2", name, **(sampler | three))
+    expect(host, "holds 3 images, the LQ features 2", name, **(sampler | three))
     expect(host, "nearest size that works is 104", name, **(sampler | {"tile_size": 101, "latent_image": latent}))
     expect(host, "steps / denoise", name, **(sampler | {"steps": 600, "denoise": 0.5, "latent_image": latent}))
     broken = {"samples": torch.full((1, 4, 8, 12), float("nan"))}
     expect(host, "weight_dtype bf16 or fp32", name, **(sampler | {"latent_image": broken}))
-    odd = pictures(60, 64)
+    odd = images(60, 64)
     expect(
         host,
         "FaithDiff Prepare Image",
@@ -292,9 +292,9 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
         end_percent=0.3,
     )
     expect(host, "between 0 and 0.9", "FaithDiffTiledDiffusion", model=plain, tile_size=64, overlap=2.0, tile_batch=0)
-    frame = host.call("FaithDiffPrepareImage", image=pictures(40, 40), scale_by=2.0, longest_side=0, multiple=8)[1]
+    frame = host.call("FaithDiffPrepareImage", image=images(40, 40), scale_by=2.0, longest_side=0, multiple=8)[1]
     expect(
-        host, "smaller than the 80 x 80", "FaithDiffFinishImage", image=pictures(64, 64), frame=frame, color_fix="adain"
+        host, "smaller than the 80 x 80", "FaithDiffFinishImage", image=images(64, 64), frame=frame, color_fix="adain"
     )
     video = {"samples": torch.zeros(1, 4, 2, 8, 8)}
     vae = host.call("TestVAE")[0]
@@ -314,7 +314,7 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
 def test_errors_inside_sampling(host: Host, setup: Setup) -> None:
     """What only the sampler can notice still names FaithDiff, both sizes, and the remedy."""
     errors = host.pack_module("faithdiff_core.errors")
-    conds = setup.conditioned(setup.features(pictures(64, 96)))
+    conds = setup.conditioned(setup.features(images(64, 96)))
     sigmas = torch.tensor([2.0, 0.0])
 
     def run(model: Any, height: int, width: int, batch: int = 1) -> None:
@@ -323,8 +323,8 @@ def test_errors_inside_sampling(host: Host, setup: Setup) -> None:
 
     with pytest.raises(errors.SettingsError, match=r"FaithDiff: .* 96 x 64 pixels, but the latent is one of 64 x 64"):
         run(setup.model, 8, 8)
-    conds = setup.conditioned(setup.features(pictures(64, 64, batch=2)))
-    with pytest.raises(errors.SettingsError, match="LQ features of 2 pictures, but 3 latents"):
+    conds = setup.conditioned(setup.features(images(64, 64, batch=2)))
+    with pytest.raises(errors.SettingsError, match="LQ features of 2 images, but 3 latents"):
         run(setup.model, 8, 8, batch=3)
     unpatched = setup.tiled(host.call("TestModel")[0], 64)
     with pytest.raises(errors.SettingsError, match="no alignment"):

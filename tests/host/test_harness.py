@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import harness
+import comfy_host
 import pytest
-import reduced
 import torch
-from harness import Graph, GraphError, Host, Runner
+from comfy_host import Graph, GraphError, Host, Runner
+from tiny_models import reduced_sdxl as reduced
 
 from faithdiff_core import read_faithdiff
 
@@ -20,7 +20,7 @@ SAMPLER = {"seed": 3, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "schedule
 
 
 def text_to_image(size: int = 64, **changes: Any) -> tuple[Graph, dict[str, list[Any]]]:
-    """A stock graph around the tiny model, and links to its latent and picture."""
+    """A stock graph around the tiny model, and links to its latent and image."""
     graph = Graph()
     model = graph.add("TestModel", weights="golden", seed=0)
     positive = graph.add("TestConditioning", which="positive", seed=0, width=64, pooled_width=64, tokens=77)
@@ -38,7 +38,7 @@ def test_nodes_is_the_hosts_module_and_the_core_is_importable(host: Host, host_p
     import nodes
 
     assert Path(str(nodes.__file__)).resolve() == host_path / "nodes.py"
-    assert Path(str(faithdiff_core.__file__)).resolve().parent == harness.REPO / "faithdiff_core"
+    assert Path(str(faithdiff_core.__file__)).resolve().parent == comfy_host.REPO / "faithdiff_core"
     assert host.pack_module("faithdiff_core").__name__ != "faithdiff_core"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Graph, GraphError, Page, PromptRejectedError, Server
+from comfy_host import Graph, GraphError, Page, PromptRejectedError, Server
 from PIL import Image
 
 CONDITIONING = {"seed": 0, "width": 64, "pooled_width": 64, "tokens": 77}
@@ -31,7 +31,7 @@ def sampling(size: int = 64, steps: int = 2, seed: int = 0) -> Graph:
     return graph
 
 
-def test_a_prompt_runs_to_a_picture(server: Server) -> None:
+def test_a_prompt_runs_to_a_image(server: Server) -> None:
     result = server.run(sampling())
     (image,) = result.images
     assert Image.open(io.BytesIO(server.view(image))).size == (64, 64)
@@ -81,7 +81,7 @@ def link(number: int, source: int, target: int, slot: int, kind: str) -> list[An
 
 
 def workflow(path: Path, save: str = "SaveImage") -> Path:
-    """Write a workflow file as the page saves them: an empty picture, saved."""
+    """Write a workflow file as the page saves them: an empty image, saved."""
     ports = {"localized_name": "image", "name": "IMAGE", "type": "IMAGE"}
     nodes = [
         {
@@ -100,7 +100,7 @@ def workflow(path: Path, save: str = "SaveImage") -> Path:
     return path
 
 
-def test_a_dropped_workflow_runs_to_a_picture(browser: Page, server: Server, tmp_path: Path) -> None:
+def test_a_dropped_workflow_runs_to_a_image(browser: Page, server: Server, tmp_path: Path) -> None:
     browser.drop(workflow(tmp_path / "stock.json"))
     assert sorted(browser.node_types()) == ["EmptyImage", "SaveImage"]
     assert browser.missing_types() == []

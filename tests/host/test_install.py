@@ -22,11 +22,8 @@ from typing import Any
 
 import pytest
 import requests
-from harness import NODES, REPO, Server, quick_demo
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
-import installing
+from comfy_host import NODES, REPO, Server, quick_demo
+from support import installing
 
 import faithdiff_core
 

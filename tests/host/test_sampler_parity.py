@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from harness import GOLDEN, Host
-from restoring import LATENT_SCALE, GivenNoise, Setup, load, relative
+from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file
+from support.host_sampling import VAE_SCALING_FACTOR, GivenNoise, Setup, load, relative
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CASES = {case["name"]: case for case in MANIFEST["cases"]}
@@ -27,8 +27,8 @@ def expected() -> dict[str, torch.Tensor]:
 
 def lq_features(setup: Setup, expected: dict[str, torch.Tensor], name: str) -> object:
     case = CASES[name]
-    picture = (expected[f"{name}.image"].movedim(1, -1) + 1) / 2
-    return setup.features(picture, case.get("encoder_tile", 1024), case.get("encoder_overlap", 0.25))
+    image = (expected[f"{name}.image"].movedim(1, -1) + 1) / 2
+    return setup.features(image, case.get("encoder_tile", 1024), case.get("encoder_overlap", 0.25))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -50,10 +50,10 @@ def test_faithdiff_sampler(setup: Setup, expected: dict[str, torch.Tensor], name
         tile_size=case["tile"],
         overlap=1 - case["overlap"],
         tile_batch=tile_batch,
-        latent_image=None if latent is None else {"samples": latent / LATENT_SCALE},
+        latent_image=None if latent is None else {"samples": latent / VAE_SCALING_FACTOR},
         noise=GivenNoise(expected[f"{name}.noise"]),
     )
-    assert relative(samples * LATENT_SCALE, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -71,10 +71,10 @@ def test_stock_sampler(setup: Setup, expected: dict[str, torch.Tensor], name: st
     samples = setup.guided(
         setup.cfg_guider(model, positive, negative, case["cfg"]),
         torch.zeros_like(noise),
-        {"samples": start / LATENT_SCALE},
+        {"samples": start / VAE_SCALING_FACTOR},
         sigmas,
     )
-    assert relative(samples * LATENT_SCALE, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
 
 
 def test_own_checkpoint_at_full_strength(host: Host, expected: dict[str, torch.Tensor]) -> None:
@@ -86,10 +86,10 @@ def test_own_checkpoint_at_full_strength(host: Host, expected: dict[str, torch.T
         steps=5,
         start_point="lr",
         tile_size=128,
-        latent_image={"samples": expected[f"{name}.lr_latent"] / LATENT_SCALE},
+        latent_image={"samples": expected[f"{name}.lr_latent"] / VAE_SCALING_FACTOR},
         noise=GivenNoise(expected[f"{name}.noise"]),
     )
-    assert relative(samples * LATENT_SCALE, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 25, 30, 35, 50])
@@ -101,5 +101,5 @@ def test_published_schedule(host: Host, setup: Setup, steps: int) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(steps)
-    sigmas = host.pack_module("nodes.sampling")._sigmas(setup.model, "faithdiff", steps, 1.0)
+    sigmas = host.pack_module("nodes.sampler")._sigmas(setup.model, "faithdiff", steps, 1.0)
     assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-5, atol=0)

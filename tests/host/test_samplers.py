@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import Host
-from restoring import Setup, gaussian, load, pictures, relative
+from comfy_host import Host
+from support.host_sampling import Setup, gaussian, images, load, relative
 
 SAMPLERS = (
     "euler",
@@ -38,7 +38,7 @@ def setup(host: Host) -> Setup:
 
 @pytest.fixture(scope="module")
 def features(setup: Setup) -> object:
-    return setup.features(pictures(SIZE, SIZE))
+    return setup.features(images(SIZE, SIZE))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,12 +55,12 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_tiled_and_untiled(setup: Setup, features: object, sampler: str, scheduler: str) -> None:
-    """One tile equals no tiles; several tiles give another, finite picture of the same kind."""
+    """One tile equals no tiles; several tiles give another, finite image of the same kind."""
     began = time.perf_counter()
     positive, negative = setup.conditioned(features)
     noise = gaussian(1, 4, SIZE // 8, SIZE // 8)
     if scheduler == "faithdiff":
-        sigmas = setup.host.pack_module("nodes.sampling")._sigmas(setup.model, scheduler, STEPS, 1.0)
+        sigmas = setup.host.pack_module("nodes.sampler")._sigmas(setup.model, scheduler, STEPS, 1.0)
     else:
         sigmas = setup.host.call("BasicScheduler", model=setup.model, scheduler=scheduler, steps=STEPS, denoise=1.0)[0]
 

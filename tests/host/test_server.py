@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness import Graph, Host, Node, PromptRejectedError, Server
+from comfy_host import Graph, Host, Node, PromptRejectedError, Server
 from PIL import Image
-from reduced import write_reduced_adapter, write_reduced_sdxl_checkpoint
+from tiny_models.reduced_sdxl import write_reduced_adapter, write_reduced_sdxl_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def photograph(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A real photograph of 95 x 63 pixels, uploaded."""
     from skimage import data
 
-    path = tmp_path_factory.mktemp("pictures") / "chelsea.png"
+    path = tmp_path_factory.mktemp("images") / "chelsea.png"
     Image.fromarray(data.chelsea()).resize((95, 63), Image.Resampling.LANCZOS).save(path)
     return server.upload(path)
 
@@ -46,16 +46,16 @@ SAMPLER: dict[str, Any] = {
 
 
 def restoration(
-    picture: str,
+    photo: str,
     source: tuple[list[Any], Node],
     texts: tuple[list[Any], list[Any]],
     vae: list[Any],
     graph: Graph,
     **kw: Any,
 ) -> Graph:
-    """A restoration of an uploaded picture to a saved one."""
+    """A restoration of an uploaded image to a saved one."""
     _, loader = source
-    loaded = graph.add("LoadImage", image=picture)
+    loaded = graph.add("LoadImage", image=photo)
     prepare = graph.add(
         "FaithDiffPrepareImage", image=loaded[0], mask=loaded[1], scale_by=2.0, longest_side=0, multiple=8
     )
@@ -75,7 +75,7 @@ def restoration(
     return graph
 
 
-def tiny(picture: str, **kw: Any) -> Graph:
+def tiny(photo: str, **kw: Any) -> Graph:
     """A restoration with the tiny model."""
     graph = Graph()
     base = graph.add("TestModel", weights="golden", seed=0)
@@ -85,7 +85,7 @@ def tiny(picture: str, **kw: Any) -> Graph:
     text = {"seed": 0, "width": 64, "pooled_width": 64, "tokens": 77}
     texts = tuple(graph.add("TestConditioning", which=which, **text)[0] for which in ("positive", "negative"))
     vae = graph.add("TestVAE")
-    return restoration(picture, (base[0], loader), (texts[0], texts[1]), vae[0], graph, **kw)
+    return restoration(photo, (base[0], loader), (texts[0], texts[1]), vae[0], graph, **kw)
 
 
 def test_published_shape_through_the_stock_loader(
@@ -100,9 +100,9 @@ def test_published_shape_through_the_stock_loader(
     restoration(photograph, (base[0], loader), (texts[0], texts[1]), base[2], graph, tile_size=128, steps=1)
     result = server.run(graph, timeout=600)
     (image,) = result.images
-    picture = Image.open(io.BytesIO(server.view(image)))
-    assert picture.size == (190, 126)
-    assert np.asarray(picture).std() > 1  # not one flat colour
+    photo = Image.open(io.BytesIO(server.view(image)))
+    assert photo.size == (190, 126)
+    assert np.asarray(photo).std() > 1  # not one flat colour
 
 
 def test_an_identical_prompt_comes_from_the_cache(server: Server, photograph: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import requests
-from harness import REPO, Host, Page, Server
+from comfy_host import REPO, Host, Page, Server
 
 DOCS = REPO / "web" / "docs"
 LANGUAGES = ("zh", "ja", "de")
@@ -63,7 +63,7 @@ def test_every_input_has_a_tooltip_and_every_node_a_description(host: Host) -> N
     for node, schema in pack_nodes(host).items():
         assert schema.description, node
         assert schema.search_aliases, node
-        # The slider of FaithDiffCompare is a picture rather than an input, and has nothing to say.
+        # The slider of FaithDiffCompare is an image rather than an input, and has nothing to say.
         assert [entry.id for entry in schema.inputs if not entry.tooltip and entry.io_type != "IMAGECOMPARE"] == [], (
             node
         )
@@ -92,7 +92,7 @@ def test_translations_keep_the_quoted_words_of_the_tooltips(host: Host, language
             assert words == set(re.findall(r"`([^`]+)`", tooltip)), f"{language}: {node}.{item.id}"
 
 
-def test_the_server_gives_pages_pictures_and_translations(server: Server) -> None:
+def test_the_server_gives_pages_images_and_translations(server: Server) -> None:
     folder = server.object_info("FaithDiffSampler")["python_module"].split(".")[1]
     for path in sorted(DOCS.rglob("*.*")):
         # The page asks for these addresses; an answer of text/html would count as "no help".
@@ -107,7 +107,7 @@ def test_the_server_gives_pages_pictures_and_translations(server: Server) -> Non
         assert ours.items() <= served[language]["nodeDefs"].items()
 
 
-def test_the_page_shows_help_with_its_picture(browser: Page) -> None:
+def test_the_page_shows_help_with_its_image(browser: Page) -> None:
     opened = browser.script("""
         app.graph.clear();
         const node = LiteGraph.createNode("FaithDiffTiledDiffusion");
@@ -120,11 +120,11 @@ def test_the_page_shows_help_with_its_picture(browser: Page) -> None:
         return node.title;
     """)
     assert opened == "FaithDiff Tiled Diffusion"
-    picture = 'return document.querySelector(".node-help-content img")?.naturalWidth || 0'
+    image = 'return document.querySelector(".node-help-content img")?.naturalWidth || 0'
     deadline = time.monotonic() + 20
-    while not browser.script(picture) and time.monotonic() < deadline:
+    while not browser.script(image) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert browser.script(picture) == 600
+    assert browser.script(image) == 600
     text = browser.script('return document.querySelector(".node-help-content").innerText')
     assert "How many tiles" in text
     assert browser.script('return document.querySelectorAll(".node-help-content table").length') == 3

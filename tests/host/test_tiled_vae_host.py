@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness import GOLDEN, Host
+from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file
 from torch import Tensor
 
-from faithdiff_core import tiled_vae
-from faithdiff_core.tiled_vae import decode_tiled, parts_from_ldm
+from faithdiff_core.vae import tiled_decode as tiled_vae
+from faithdiff_core.vae.decoder_stages import parts_from_ldm
+from faithdiff_core.vae.tiled_decode import decode_tiled
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def latent() -> Tensor:
 def shared_decode(vae: Any, latents: Tensor, **settings: Any) -> Tensor:
     """The host's layout: (B, H, W, 3) in [0, 1]."""
     parts = parts_from_ldm(vae.first_stage_model)
-    picture = decode_tiled(parts, latents, device=vae.device, dtype=vae.vae_dtype, **settings)
-    return vae.process_output(picture).movedim(1, -1)
+    image = decode_tiled(parts, latents, device=vae.device, dtype=vae.vae_dtype, **settings)
+    return vae.process_output(image).movedim(1, -1)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(128, 0.25), (192, 0.5), (256, 0.25)])

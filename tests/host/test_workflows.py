@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import REPO, Host, Page, Server
+from comfy_host import REPO, Host, Page, Server
 from PIL import Image
-from reduced import (
+from tiny_models.captioners import LLAVA_TEMPLATE, make_llava
+from tiny_models.reduced_sdxl import (
     write_lora,
     write_published_faithdiff,
     write_reduced_adapter,
@@ -23,9 +23,7 @@ from reduced import (
 
 WORKFLOWS = REPO / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
-sys.path += [str(REPO / "scripts"), str(REPO / "tests")]
 
-from tiny_captioners import LLAVA_TEMPLATE, make_llava  # noqa: E402
 
 ADAPTER = "reduced_adapter.bin"
 
@@ -48,8 +46,8 @@ def test_every_workflow_has_a_thumbnail(server: Server) -> None:
     assert len({words for _, words in build_thumbnails.THUMBNAILS.values()}) == len(NAMES)
     for name in NAMES:
         path = WORKFLOWS / f"{name}.jpg"
-        with Image.open(path) as picture:
-            assert picture.size == (build_thumbnails.SIDE, build_thumbnails.SIDE)
+        with Image.open(path) as image:
+            assert image.size == (build_thumbnails.SIDE, build_thumbnails.SIDE)
         assert path.stat().st_size < 100_000
         assert server.download(f"/api/workflow_templates/faithdiff/{name}.jpg") == path.read_bytes()
 

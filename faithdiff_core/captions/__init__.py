@@ -1,0 +1,1 @@
+"""Captions: the captioner and trimming."""

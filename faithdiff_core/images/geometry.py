@@ -1,0 +1,121 @@
+"""Sizes of images: the target size, Lanczos, padding and cropping."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import SettingsError
+from ..tiling.grid import VAE_SCALE_FACTOR
+
+if TYPE_CHECKING:
+    pass
+from .reading import MAX_PIXELS
+
+LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+"""What libjpeg and libwebp can hold, in pixels."""
+
+
+def target_size(
+    height: int,
+    width: int,
+    *,
+    scale: float | None = None,
+    longest_side: int | None = None,
+    megapixels: float | None = None,
+) -> tuple[int, int]:
+    """The size to enlarge (or reduce) an image to; the aspect ratio stays.
+
+    Sides are rounded to the nearest pixel, halves up, and are at least 1.
+
+    Args:
+        height, width: of the image, in pixels.
+        scale: factor on both sides; taken where neither of the others is given.
+        longest_side: pixels of the longer side.
+        megapixels: area in millions of pixels.
+
+    Returns:
+        (height, width).
+
+    Raises:
+        SettingsError: nothing or too much is given, a value is not positive, or the result has more than `MAX_PIXELS`.
+    """
+    if longest_side is not None and megapixels is not None:
+        raise SettingsError("Give a longest side or a number of megapixels, not both.")
+    if longest_side is not None:
+        factor = _positive("longest side", longest_side) / max(height, width)
+    elif megapixels is not None:
+        factor = math.sqrt(_positive("number of megapixels", megapixels) * 1e6 / (height * width))
+    elif scale is not None:
+        factor = _positive("scale", scale)
+    else:
+        raise SettingsError("Give a scale, a longest side or a number of megapixels.")
+    # The product is rounded first, so that 0.1 * 5 in binary counts as the half that it is.
+    sides = [max(1, math.floor(round(side * factor, 6) + 0.5)) for side in (height, width)]
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise SettingsError(
+            f"An image of {width} x {height} would become {sides[1]} x {sides[0]}, more than the {MAX_PIXELS} pixels "
+            f"that are worked with. Choose a smaller scale."
+        )
+    return sides[0], sides[1]
+
+
+def _positive(what: str, value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise SettingsError(f"The {what} must be a positive number, got {value}.")
+    return value
+
+
+def resize_lanczos(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize with Pillow's Lanczos filter, in floating point: nothing is rounded to 8 bits on the way.
+
+    Args:
+        images: values in [0, 1], (B, C, H, W), floating point, on any device.
+        height, width: the new size in pixels.
+
+    Returns:
+        Values in [0, 1], (B, C, height, width), of the same dtype and device. Lanczos overshoots at edges; what leaves
+        the range is clamped.
+
+    Raises:
+        SettingsError: the tensor has another layout, or the size is empty.
+    """
+    import numpy as np
+    from PIL import Image
+
+    if images.ndim != 4 or not images.is_floating_point():
+        raise SettingsError(
+            f"resize_lanczos: expected floating-point images of shape (batch, channels, height, width), got "
+            f"{tuple(images.shape)} of {images.dtype}."
+        )
+    if height < 1 or width < 1:
+        raise SettingsError(f"resize_lanczos: an image of {width} x {height} pixels cannot be made.")
+    if tuple(images.shape[-2:]) == (height, width):
+        return images.clamp(0.0, 1.0)
+    planes = images.detach().to(device="cpu", dtype=torch.float32).flatten(0, 1).contiguous().numpy()
+    out = np.empty((len(planes), height, width), dtype=np.float32)
+    for plane, target in zip(planes, out, strict=True):
+        target[:] = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS))
+    resized = torch.from_numpy(out).clamp_(0.0, 1.0).unflatten(0, images.shape[:2])
+    return resized.to(device=images.device, dtype=images.dtype)
+
+
+def pad_to_multiple(images: Tensor, multiple: int = VAE_SCALE_FACTOR) -> Tensor:
+    """Repeat the last column and row of (B, C, H, W) until both sides are multiples of `multiple`.
+
+    The image stays at the top left: `crop_to` with the old size gives it back exactly.
+    """
+    if multiple < 1:
+        raise SettingsError(f"Sides cannot be multiples of {multiple}; the smallest is 1.")
+    height, width = images.shape[-2:]
+    bottom, right = -height % multiple, -width % multiple
+    return F.pad(images, (0, right, 0, bottom), mode="replicate") if bottom or right else images
+
+
+def crop_to(images: Tensor, height: int, width: int) -> Tensor:
+    """The top left (..., height, width) of a padded image, as a view."""
+    return images[..., :height, :width]

@@ -1,0 +1,1 @@
+"""FaithDiff's modules: the LQ encoder and the alignment."""

@@ -1,0 +1,1 @@
+"""Tiles: grids, merge weights, and blending."""

@@ -1,0 +1,225 @@
+"""The sampler's tiles: where they lie, and how their results become one image.
+
+Tiles all have one size and are merged with Gaussian weights. All positions are in latent units unless a name says
+pixels; one latent unit is 8 pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingsError
+
+VAE_SCALE_FACTOR = 8
+"""Pixels per latent unit along each side in SDXL."""
+
+MIN_TILE = 64
+"""Smallest tile side in pixels: 8 latent units, of which the U-Net's lowest level sees 2."""
+
+MAX_OVERLAP = 0.9
+"""Largest real overlap; above it the number of tiles explodes and nothing is gained."""
+
+TILE_SIZE = 1024
+"""Tile side in pixels of the published code: the size SDXL was trained at."""
+
+TILE_OVERLAP = 0.5
+"""Real overlap of the published code."""
+
+_VARIANCE = 0.01
+"""Variance of the Gaussian merge weights, in units of the squared tile side."""
+
+
+def check_tile_size(tile: int, *, what: str = "tile_size") -> int:
+    """Check a tile side in pixels and return it in latent units.
+
+    Raises:
+        SettingsError: below 64 or not a multiple of 8; the text names the nearest size that works.
+    """
+    if isinstance(tile, bool) or int(tile) != tile or tile < MIN_TILE or tile % VAE_SCALE_FACTOR:
+        nearest = max(MIN_TILE, round(tile / VAE_SCALE_FACTOR) * VAE_SCALE_FACTOR)
+        raise SettingsError(
+            f"{what} must be a multiple of {VAE_SCALE_FACTOR} pixels and at least {MIN_TILE}, got {tile}. "
+            f"The nearest size that works is {nearest}."
+        )
+    return int(tile) // VAE_SCALE_FACTOR
+
+
+def check_overlap(overlap: float, *, what: str = "overlap") -> float:
+    """Check a real overlap (the part of a tile that it shares with its neighbour).
+
+    Raises:
+        SettingsError: outside 0 to 0.9.
+    """
+    if not 0.0 <= overlap <= MAX_OVERLAP:
+        raise SettingsError(f"{what} must lie between 0 and {MAX_OVERLAP} (a fraction of the tile), got {overlap}.")
+    return float(overlap)
+
+
+def tile_stride(tile: int, overlap: float) -> int:
+    """Distance between neighbouring tiles, in the unit of `tile`.
+
+    The published code takes ceil(tile * f) with f = 1 - overlap. The product is rounded to nine decimals first: 1 - 0.9
+    is a little more than 0.1 in binary, and the ceiling would make a whole latent unit of that.
+    """
+    return max(1, math.ceil(round(tile * (1.0 - overlap), 9)))
+
+
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    """First positions of tiles along one side; the last tile is moved back to end at the border."""
+    if length <= tile:
+        return [0]
+    starts = list(range(0, length - tile, stride))
+    return [*starts, length - tile]
+
+
+def gaussian_window(length: int, middle: float) -> Tensor:
+    """Merge weights along one side, (length,), float64.
+
+    exp(-((p - middle) / length)^2 / (2 * 0.01)) / sqrt(2 pi * 0.01) for p = 0 .. length - 1.
+    """
+    position = torch.arange(length, dtype=torch.float64)
+    return torch.exp(-(((position - middle) / length) ** 2) / (2 * _VARIANCE)) / math.sqrt(2 * math.pi * _VARIANCE)
+
+
+def gaussian_weights(height: int, width: int) -> Tensor:
+    """The published code's merge weights of one tile, (height, width), float64.
+
+    The middle is height / 2 for rows and (width - 1) / 2 for columns: the published code is not symmetric there.
+    """
+    return torch.outer(gaussian_window(height, height / 2), gaussian_window(width, (width - 1) / 2))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of a latent, in latent units.
+
+    Attributes:
+        row, column: place in the grid, counted from 0.
+        top, left: position of the tile's first row and column.
+        height, width: size; smaller than the tile size where the latent is.
+    """
+
+    row: int
+    column: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def crop(self, x: Tensor, scale: int = 1) -> Tensor:
+        """The tile's part of (..., H, W), as a view; `scale` is the number of x's pixels per latent unit."""
+        return x[
+            ...,
+            self.top * scale : (self.top + self.height) * scale,
+            self.left * scale : (self.left + self.width) * scale,
+        ]
+
+
+class TileGrid:
+    """The sampler's tiles over a latent.
+
+    Tiles run row by row. Because the grid is a product of rows and columns and the weights are one too, the weights are
+    normalised along each side: they add up to 1 everywhere, so merging is a plain sum into one tensor, with no
+    tensor of counts and no division.
+
+    Args:
+        height, width: the latent's size in latent units.
+        tile: tile side in pixels, a multiple of 8 from 64.
+        overlap: real overlap, 0 to 0.9.
+
+    Raises:
+        SettingsError: a size or an overlap out of range.
+    """
+
+    def __init__(self, height: int, width: int, tile: int = TILE_SIZE, overlap: float = TILE_OVERLAP) -> None:
+        if height < 1 or width < 1:
+            raise SettingsError(f"A latent of {height} x {width} has no pixels to make tiles of.")
+        self.height, self.width = height, width
+        self.tile_pixels = int(tile)
+        self.tile = check_tile_size(tile)
+        self.overlap = check_overlap(overlap)
+        stride = tile_stride(self.tile, self.overlap)
+        self.tile_height, self.tile_width = min(self.tile, height), min(self.tile, width)
+        self.rows = tile_starts(height, self.tile, stride)
+        self.columns = tile_starts(width, self.tile, stride)
+        self._windows: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles, row by row."""
+        return tuple(
+            Tile(i, j, top, left, self.tile_height, self.tile_width)
+            for i, top in enumerate(self.rows)
+            for j, left in enumerate(self.columns)
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def batches(self, size: int) -> Iterator[tuple[Tile, ...]]:
+        """The tiles in groups of at most `size`, for U-Net calls with several tiles."""
+        if size < 1:
+            raise SettingsError(f"A batch of tiles needs at least one tile, got {size}.")
+        for start in range(0, len(self.tiles), size):
+            yield self.tiles[start : start + size]
+
+    def time_ids(self, tile: Tile) -> tuple[int, int, int, int, int, int]:
+        """SDXL's size conditioning of a tile as FaithDiff was published with it.
+
+        Original size: the padded image's (height, width) in pixels. Crop: the tile's (row, column) in latent units.
+        Target size: (tile, tile) in pixels, even where the image is smaller.
+        """
+        return (
+            self.height * VAE_SCALE_FACTOR,
+            self.width * VAE_SCALE_FACTOR,
+            tile.top,
+            tile.left,
+            self.tile_pixels,
+            self.tile_pixels,
+        )
+
+    @cached_property
+    def _row_weights(self) -> Tensor:
+        return _normalised(self.rows, gaussian_window(self.tile_height, self.tile_height / 2), self.height)
+
+    @cached_property
+    def _column_weights(self) -> Tensor:
+        return _normalised(self.columns, gaussian_window(self.tile_width, (self.tile_width - 1) / 2), self.width)
+
+    def weights(
+        self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Merge weights of a tile, (height, width); over all tiles they add up to 1 at every position."""
+        # A grid's windows go to the device once: a copy for each tile would have it wait for the processor.
+        place = (torch.device(device or "cpu"), dtype)
+        if place not in self._windows:
+            self._windows[place] = (self._row_weights.to(*place), self._column_weights.to(*place))
+        rows, columns = self._windows[place]
+        return torch.outer(rows[tile.row], columns[tile.column])
+
+    def merge(self, out: Tensor, tile: Tile, result: Tensor) -> None:
+        """Add a tile's weighted result to `out`, in place.
+
+        Args:
+            out: (..., height, width) of the whole latent, zeros before the first tile.
+            tile: one of `tiles`.
+            result: (..., tile.height, tile.width).
+        """
+        if len(self) == 1:
+            out.copy_(result)
+            return
+        tile.crop(out).addcmul_(result.to(out.dtype), self.weights(tile, out.device, out.dtype))
+
+
+def _normalised(starts: list[int], window: Tensor, length: int) -> Tensor:
+    """Windows at `starts`, (tiles, n), scaled so that they add up to 1 at each of the `length` positions."""
+    total = torch.zeros(length, dtype=torch.float64)
+    for start in starts:
+        total[start : start + len(window)] += window
+    return torch.stack([window / total[start : start + len(window)] for start in starts])

@@ -1,0 +1,1 @@
+"""Decoding large latents in tiles that share their statistics."""

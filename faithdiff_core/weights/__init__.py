@@ -1,0 +1,1 @@
+"""Files and what is in them: reading, recognising, converting."""

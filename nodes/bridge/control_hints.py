@@ -1,0 +1,106 @@
+"""ControlNet hints under tiles.
+
+A ControlNet fits its whole hint to whatever latent it is called with, so a tile has to be given the hint's part. For
+the time of one call the hint of every control in the chain is exchanged for the tiles' crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...faithdiff_core.tiling.grid import Tile
+
+if TYPE_CHECKING:
+    from comfy.controlnet import ControlBase
+
+
+class ControlHints:
+    """Hints of one sampling run, each enlarged once to the whole image.
+
+    Args:
+        height, width: of the latent, in latent units.
+    """
+
+    def __init__(self, height: int, width: int) -> None:
+        self.height, self.width = height, width
+        self._full: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def cropped(
+        self, conds: Sequence[Sequence[dict[str, Any]] | None], tiles: Sequence[Tile], images: int
+    ) -> Iterator[None]:
+        """Give all controls of `conds` the hints of `tiles` while the context lasts.
+
+        Args:
+            conds: the conditionings of a step.
+            tiles: tiles of one U-Net call, in order.
+            images: rows of each tile.
+        """
+        saved: list[tuple[ControlBase, Tensor | None, list[Tensor]]] = []
+        try:
+            for control in _controls(conds):
+                extra = list(getattr(control, "extra_concat_orig", []))
+                saved.append((control, control.cond_hint_original, extra))
+                scale = _hint_scale(control)
+                if control.cond_hint_original is not None:
+                    control.cond_hint_original = self._crops(control, control.cond_hint_original, tiles, images, scale)
+                if extra:
+                    control.extra_concat_orig = [self._crops(control, e, tiles, images, scale) for e in extra]
+                _forget(control)
+            yield
+        finally:
+            for control, hint, extra in saved:
+                control.cond_hint_original = hint
+                if extra:
+                    control.extra_concat_orig = extra
+                _forget(control)
+
+    def _crops(self, control: ControlBase, hint: Tensor, tiles: Sequence[Tile], images: int, scale: int) -> Tensor:
+        full = self._enlarged(control, hint, scale)
+        crops = [tile.crop(full, scale) for tile in tiles]
+        if len(crops) == 1:
+            return crops[0]
+        # Rows are tile by tile, and image by image within a tile.
+        return torch.cat([comfy.utils.repeat_to_batch_size(crop, images) for crop in crops])
+
+    def _enlarged(self, control: ControlBase, hint: Tensor, scale: int) -> Tensor:
+        """The hint at the size of the whole image, made as the control itself would make it."""
+        # The hint is kept beside the result: an id is only unique while its object lives.
+        known = self._full.get(id(hint))
+        if known is None:
+            full = comfy.utils.common_upscale(
+                hint, self.width * scale, self.height * scale, control.upscale_algorithm, "center"
+            )
+            known = self._full[id(hint)] = (hint, full)
+        return known[1]
+
+
+def _hint_scale(control: ControlBase) -> int:
+    """Hint pixels per latent unit."""
+    vae = getattr(control, "vae", None)
+    return control.compression_ratio * (vae.spacial_compression_encode() if vae is not None else 1)
+
+
+def _controls(conds: Sequence[Sequence[dict[str, Any]] | None]) -> list[ControlBase]:
+    """All controls of the conditionings, with those that they are chained to, each once."""
+    found: dict[int, ControlBase] = {}
+    for group in conds:
+        for cond in group or ():
+            control = cond.get("control")
+            while control is not None and id(control) not in found:
+                found[id(control)] = control
+                control = control.previous_controlnet
+    return list(found.values())
+
+
+def _forget(control: ControlBase) -> None:
+    """Drop what a control has derived from its hint."""
+    control.cond_hint = None
+    if hasattr(control, "control_input"):
+        control.control_input = None

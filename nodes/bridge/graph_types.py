@@ -1,0 +1,97 @@
+"""What travels through graphs beside ComfyUI's own types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+FaithDiffType = io.Custom("FAITHDIFF")
+LQFeaturesType = io.Custom("LQ_FEATURES")
+LQFrameType = io.Custom("LQ_FRAME")
+
+CONDITION_KEY = "faithdiff_lq"
+"""Where a CONDITIONING entry carries its `LQCondition`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterModels:
+    """FAITHDIFF: the parts of a FaithDiff file that are not the U-Net, in the host's care.
+
+    Attributes:
+        name: the file's name, for messages.
+        lq_encoder: patcher of an `LQEncoder`.
+        alignment: patcher of an `Alignment`.
+    """
+
+    name: str
+    lq_encoder: ModelPatcher
+    alignment: ModelPatcher
+
+
+@dataclass(frozen=True, eq=False)
+class LQFeatures:
+    """LQ_FEATURES: what the LQ encoder says about images.
+
+    Attributes:
+        tensor: (B, C, h, w) on the host's intermediate device; h and w are the latent's.
+    """
+
+    tensor: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w) in latent units."""
+        return self.tensor.shape[-2], self.tensor.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class LQCondition:
+    """How LQ features act on a conditioning.
+
+    Attributes:
+        features: the features.
+        strength: factor on what the alignment adds; 0 is off.
+        start_percent, end_percent: part of the sampling, 0 to 1, in which it acts.
+    """
+
+    features: LQFeatures
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+    def strength_at(self, sigma: float, model_sampling: Any) -> float:
+        """The strength at a noise level, with the host's meaning of start and end."""
+        if self.start_percent > 0.0 and sigma > model_sampling.percent_to_sigma(self.start_percent):
+            return 0.0
+        if self.end_percent < 1.0 and sigma < model_sampling.percent_to_sigma(self.end_percent):
+            return 0.0
+        return self.strength
+
+    @property
+    def ranged(self) -> bool:
+        """Whether the strength depends on the noise level."""
+        return self.start_percent > 0.0 or self.end_percent < 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class LQFrame:
+    """LQ_FRAME: what the end of a graph needs to know about its beginning.
+
+    Attributes:
+        image: the enlarged low-quality images before padding, (B, height, width, 3) in [0, 1]: size and colours.
+        mask: the enlarged mask, (B or 1, height, width), or None where there was none.
+    """
+
+    image: Tensor
+    mask: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the finished image in pixels."""
+        return self.image.shape[1], self.image.shape[2]

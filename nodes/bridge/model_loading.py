@@ -1,0 +1,247 @@
+"""FaithDiff's weights as models of the host: patchers that it loads, offloads and casts like its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import comfy.utils
+import torch
+from torch import nn
+
+from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.models.alignment import Alignment
+from ...faithdiff_core.models.lq_encoder import LQEncoder
+from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, read_faithdiff
+from .alignment_patch import AlignmentPatch, set_patch
+from .graph_types import AdapterModels
+from .tiled_prediction import add_sampling_wrappers
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
+    "default": None,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""What the U-Net's weights can be kept in."""
+
+UNET_KEY_PREFIX = "diffusion_model."
+
+
+def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """Make a MODEL of a FaithDiff file's U-Net with the host's own loader.
+
+    Also what the host calls again when it needs the same MODEL in another form (`cached_patcher_init`).
+
+    Args:
+        path: a file with a U-Net.
+        weight_dtype: a key of `WEIGHT_DTYPES`.
+        disable_dynamic: the host's: make a MODEL without dynamic video memory.
+
+    Raises:
+        WeightsError: the U-Net is not one that the host knows.
+    """
+    weights = read_faithdiff(path)
+    model_options: dict[str, Any] = {}
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    if dtype is not None:
+        model_options["dtype"] = dtype
+        if dtype == torch.float8_e4m3fn:
+            model_options["fp8_optimizations"] = True
+    model = comfy.sd.load_diffusion_model_state_dict(
+        dict(weights.unet or {}), model_options=model_options, disable_dynamic=disable_dynamic
+    )
+    if model is None:
+        raise WeightsError(
+            f"{weights.path.name}: ComfyUI does not know a U-Net of these sizes ({weights.unet_config}); the published "
+            f"file has SDXL's. Connect an SDXL MODEL to `model`, or use the published file."
+        )
+    model.cached_patcher_init = (load_unet, (path, weight_dtype))
+    return model
+
+
+def load_faithdiff(
+    path: str, weight_dtype: str, base: ModelPatcher | None, unet_strength: float
+) -> tuple[ModelPatcher, AdapterModels]:
+    """Make the alignment-patched MODEL and its FAITHDIFF.
+
+    Args:
+        path: a FaithDiff file, full or adapter.
+        weight_dtype: a key of `WEIGHT_DTYPES`.
+        base: the user's own MODEL, or None for the file's U-Net.
+        unet_strength: how far a base's U-Net is moved to the file's: 0 not at all, 1 fully.
+
+    Raises:
+        WeightsError: the file cannot be used, alone or with this MODEL.
+    """
+    weights = read_faithdiff(path)
+    if weights.lq_encoder is None or weights.alignment is None:
+        raise WeightsError(
+            f"{weights.path.name} holds only {', '.join(sorted(weights.parts))}; the LQ encoder and the alignment are "
+            f"needed. Choose FaithDiff.bin, or the `_adapter` file beside it."
+        )
+    if base is not None:
+        model = base.clone()
+        _check_base(model, weights)
+        if weights.unet is not None and unet_strength > 0.0:
+            _blend_unet(model, weights, unet_strength)
+    elif weights.unet is None:
+        raise WeightsError(
+            f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "
+            "the `_unet` file that `python -m faithdiff_core convert` writes, loaded with Load Diffusion Model, or an "
+            "SDXL checkpoint of your own. Or choose the full FaithDiff file."
+        )
+    else:
+        model = load_unet(path, weight_dtype)
+    return model, attach_alignment(model, weights, weight_dtype)
+
+
+def attach_alignment(model: ModelPatcher, weights: FaithDiffWeights, weight_dtype: str) -> AdapterModels:
+    """Put the alignment onto a MODEL, in place, and make the FAITHDIFF that goes with it.
+
+    Args:
+        model: an SDXL MODEL that the file's alignment was made for.
+        weights: a file with LQ encoder and alignment.
+        weight_dtype: a key of `WEIGHT_DTYPES`.
+    """
+    faithdiff = _adapter(weights, weight_dtype, model)
+    set_patch(model, AlignmentPatch(faithdiff.alignment))
+    add_sampling_wrappers(model)
+    return faithdiff
+
+
+def _adapter(weights: FaithDiffWeights, weight_dtype: str, model: ModelPatcher) -> AdapterModels:
+    """The LQ encoder and the alignment as patchers."""
+    assert weights.lq_encoder_config is not None
+    assert weights.alignment_config is not None
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    if dtype is None or dtype.itemsize == 1:
+        # 45 million parameters: eight bits would save little and cost precision where it matters most.
+        dtype = model.model.get_dtype_inference()
+    offload = comfy.model_management.unet_offload_device()
+    encoder = LQEncoder(weights.lq_encoder_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
+    alignment = Alignment(weights.alignment_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
+    encoder_state = {key: value.to(dtype) for key, value in weights.lq_encoder_state().items()}
+    return AdapterModels(
+        name=weights.path.name,
+        lq_encoder=_patcher(encoder, encoder_state),
+        alignment=_patcher(alignment, weights.alignment_state(dtype)),
+    )
+
+
+def _patcher(module: nn.Module, state: dict[str, torch.Tensor]) -> ModelPatcher:
+    patcher = comfy.model_patcher.CoreModelPatcher(
+        module.eval().requires_grad_(False),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    module.load_state_dict(state, assign=patcher.is_dynamic())
+    return patcher
+
+
+def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
+    """Refuse a MODEL that the alignment was not made for."""
+    kind = type(model.model).__name__
+    if not isinstance(model.model, comfy.model_base.SDXL):
+        raise WeightsError(
+            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to use "
+            "the U-Net of the FaithDiff file."
+        )
+    assert weights.alignment_config is not None
+    config = model.model.model_config.unet_config
+    if config["model_channels"] != weights.alignment_config.unet_channels:
+        raise WeightsError(
+            f"`model` begins with {config['model_channels']} channels, but the alignment of {weights.path.name} is "
+            f"made for {weights.alignment_config.unet_channels}. They belong to different models."
+        )
+    if config.get("in_channels", 4) != 4:
+        raise WeightsError(
+            f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of SDXL), but "
+            "FaithDiff's U-Net takes 4. Connect an ordinary SDXL checkpoint."
+        )
+
+
+def _blend_unet(model: ModelPatcher, weights: FaithDiffWeights, strength: float) -> None:
+    """Move a MODEL's U-Net towards FaithDiff's: (1 - strength) * own + strength * FaithDiff's, as weight patches.
+
+    Patches act in order, and each scales what is there before it adds. Ours therefore go in front: the checkpoint's
+    weights are interpolated, and LoRAs act on the result in full, whether they were applied before or come later.
+    """
+    assert weights.unet is not None
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    own = model.model.state_dict()
+    patches: dict[str, tuple[torch.Tensor]] = {}
+    for name, weight in weights.unet.items():
+        key = UNET_KEY_PREFIX + names[name] if name in names else None
+        if key is None or key not in own or own[key].shape != weight.shape:
+            raise WeightsError(
+                f"`model` has no U-Net weight like {name} of {weights.path.name} {tuple(weight.shape)}: it is no SDXL "
+                f"model of the same build. Connect an ordinary SDXL checkpoint, or set unet_strength to 0."
+            )
+        patches[key] = (weight,)
+    earlier = {key: model.patches.pop(key) for key in patches if key in model.patches}
+    model.add_patches(patches, strength_patch=strength, strength_model=1.0 - strength)
+    for key, others in earlier.items():
+        model.patches[key].extend(others)
+
+
+def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, overlap: float) -> torch.Tensor:
+    """Encode images with the host's memory management, progress and cancel.
+
+    Args:
+        faithdiff: the model.
+        pixels: (B, H, W, 3) in [0, 1], sides multiples of 8.
+        tile_size: tile side in pixels.
+        overlap: real overlap of tiles.
+
+    Returns:
+        (B, C, H / 8, W / 8) on the host's intermediate device.
+    """
+    patcher = faithdiff.lq_encoder
+    # What the host allows its own VAEs, whose encoder has the same architecture: half precision overflows there.
+    dtype = comfy.model_management.vae_dtype(patcher.load_device, [torch.bfloat16, torch.float32])
+    height, width = (min(side, tile_size) for side in pixels.shape[1:3])
+    comfy.model_management.load_models_gpu([patcher], memory_required=_encode_memory(height, width, dtype))
+    images = pixels[..., :3].movedim(-1, 1) * 2.0 - 1.0
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    features = patcher.model.encode(images, tile_size, overlap, progress, device=patcher.load_device, dtype=dtype)
+    return features.to(comfy.model_management.intermediate_device())
+
+
+def _encode_memory(height: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that encoding one tile takes: the host's own estimate for the encoder of SDXL's VAE."""
+    return 1767 * height * width * dtype.itemsize
+
+
+def file_of(folders: tuple[str, ...], name: str) -> str:
+    """The full path of a file that a combo offered.
+
+    Raises:
+        WeightsError: it is in none of the folders any more.
+    """
+    import folder_paths
+
+    for folder in folders:
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return path
+    raise WeightsError(
+        f"{Path(name).name} is in none of the model folders {', '.join(folders)}. Put it there, and refresh the page."
+    )

@@ -1,0 +1,37 @@
+"""FaithDiff Demo Models."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .bridge.demo_model import load_demo
+from .bridge.graph_types import FaithDiffType
+from .errors import named_errors
+
+
+class FaithDiffDemoModels(io.ComfyNode):
+    """Loads the demo model that comes with the pack."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaithDiffDemoModels",
+            display_name="FaithDiff Demo Models",
+            category="FaithDiff/development",
+            description="Loads the small demo model that comes with this pack, for trying graphs out without a "
+            "download. It restores little: take FaithDiff Model Loader and an SDXL checkpoint for real images.",
+            search_aliases=["faithdiff demo", "faithdiff test model", "small model"],
+            is_dev_only=True,
+            inputs=[],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The alignment-patched MODEL."),
+                io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
+                io.Vae.Output(display_name="vae", tooltip="For VAE Encode and FaithDiff Tiled VAE Decode."),
+                FaithDiffType.Output(display_name="faithdiff", tooltip="For FaithDiff LQ Encode."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        with named_errors("FaithDiff Demo Models"):
+            return io.NodeOutput(*load_demo())

@@ -1,0 +1,58 @@
+"""Running this pack on a real ComfyUI: in this process, as a server, and in its web page.
+
+Tests use it through the fixtures of tests/host/conftest.py (`host`, `server`, `browser`) and build prompts with
+`Graph`.
+"""
+
+from __future__ import annotations
+
+from .graph import Graph, GraphError, Node, Prompt, PromptRejectedError, Result
+from .in_process import Host, Runner
+from .installation import (
+    GOLDEN,
+    NO_BROWSER,
+    NO_HOST,
+    NODES,
+    PACKS,
+    READY_SECONDS,
+    REPO,
+    RUN_SECONDS,
+    TESTPACK,
+    HostError,
+    find_browser,
+    find_host,
+    prepare_base,
+    quick_demo,
+)
+from .page import Page, PageResult
+from .server import Job, JobResult, Server
+
+__all__ = [
+    "GOLDEN",
+    "NODES",
+    "NO_BROWSER",
+    "NO_HOST",
+    "PACKS",
+    "READY_SECONDS",
+    "REPO",
+    "RUN_SECONDS",
+    "TESTPACK",
+    "Graph",
+    "GraphError",
+    "Host",
+    "HostError",
+    "Job",
+    "JobResult",
+    "Node",
+    "Page",
+    "PageResult",
+    "Prompt",
+    "PromptRejectedError",
+    "Result",
+    "Runner",
+    "Server",
+    "find_browser",
+    "find_host",
+    "prepare_base",
+    "quick_demo",
+]

@@ -1,0 +1,194 @@
+"""ComfyUI's web page in headless Chromium."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .graph import GraphError, Prompt
+from .installation import RUN_SECONDS
+from .server import Server
+
+
+@dataclass
+class PageResult:
+    """What came of queueing the graph that is open in the page.
+
+    Attributes:
+        node_errors: why nodes were refused, by node id; empty if they were not.
+        execution_error: the message of a failed node, or None.
+        outputs: what output nodes show, by node id.
+    """
+
+    node_errors: dict[str, Any]
+    execution_error: dict[str, Any] | None
+    outputs: dict[str, Any]
+
+
+class Page:
+    """The server's web page in headless Chromium."""
+
+    def __init__(self, server: Server, chromium: Path, driver: Path, profile: Path) -> None:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.options import Options
+        from selenium.webdriver.chrome.service import Service
+
+        self._server = server
+        options = Options()
+        options.binary_location = str(chromium)
+        for flag in (
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--window-size=1600,1000",
+            f"--user-data-dir={profile}",
+        ):  # fmt: skip
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self._driver = webdriver.Chrome(options=options, service=Service(str(driver)))
+        self._driver.set_script_timeout(60)
+
+    def open(self, timeout: float = 120.0) -> None:
+        """Load the page and wait until its graph is there.
+
+        Raises:
+            TimeoutError: it was not there after `timeout` seconds.
+        """
+        self._driver.get(self._server.url)
+        ready = "return !!(window.app && window.app.vueAppReady && window.app.graph)"
+        self._until(lambda: self.script(ready), timeout, "the page's graph")
+
+    def close(self) -> None:
+        """End the browser."""
+        self._driver.quit()
+
+    def script(self, code: str, *arguments: Any) -> Any:
+        """Run JavaScript in the page and return what it returns."""
+        return self._driver.execute_script(code, *arguments)
+
+    def drop(self, workflow: Path, timeout: float = 30.0) -> None:
+        """Drop a workflow file on the canvas, as with the mouse, and wait until its nodes are there.
+
+        Raises:
+            TimeoutError: the graph did not change to the file's nodes.
+        """
+        text = workflow.read_text(encoding="utf-8")
+        count = len(json.loads(text)["nodes"])
+        self.script(
+            """
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([arguments[0]], arguments[1], {type: "application/json"}));
+            const canvas = document.querySelector("canvas#graph-canvas");
+            const box = canvas.getBoundingClientRect();
+            const where = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+            const event = {dataTransfer: transfer, bubbles: true, cancelable: true, ...where};
+            for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, event));
+            """,
+            text,
+            workflow.name,
+        )
+        self._until(lambda: len(self.node_types()) == count, timeout, f"{count} nodes of {workflow.name}")
+
+    def load(self, workflow: Path) -> None:
+        """Load a workflow or blueprint file without the mouse."""
+        self._async_script("window.app.loadGraphData(JSON.parse(arguments[0]))", workflow.read_text(encoding="utf-8"))
+
+    def prompt(self) -> Prompt:
+        """What queueing the open graph would send to the server, subgraphs unfolded."""
+        return dict(self._async_script("window.app.graphToPrompt().then(prompt => prompt.output)"))
+
+    def set_widget(self, class_type: str, name: str, value: Any) -> None:
+        """Set a widget of all nodes of a type."""
+        self.script(
+            """
+            for (const node of window.app.graph.nodes.filter(n => n.type === arguments[0]))
+                node.widgets.find(w => w.name === arguments[1]).value = arguments[2];
+            """,
+            class_type,
+            name,
+            value,
+        )
+
+    def _async_script(self, promise: str, *arguments: Any) -> Any:
+        """Wait for a promise of the page and return what it gives.
+
+        Raises:
+            RuntimeError: it was rejected.
+        """
+        answer = self._driver.execute_async_script(
+            f"const done = arguments[arguments.length - 1];"
+            f"Promise.resolve({promise}).then(value => done([true, value]), error => done([false, String(error)]));",
+            *arguments,
+        )
+        if not answer[0]:
+            raise RuntimeError(answer[1])
+        return answer[1]
+
+    def clear(self) -> None:
+        """Empty the graph."""
+        self.script("window.app.graph.clear()")
+
+    def node_types(self) -> list[str]:
+        """Types of all nodes in the graph."""
+        return list(self.script("return window.app.graph.nodes.map(n => n.type)"))
+
+    def missing_types(self) -> list[str]:
+        """Types of nodes that the page does not know."""
+        known = set(self.script("return Object.keys(LiteGraph.registered_node_types)"))
+        return [kind for kind in self.node_types() if kind not in known]
+
+    def error_overlays(self) -> list[str]:
+        """Texts of error overlays and error dialogs that are to be seen."""
+        return list(
+            self.script(
+                """
+                const signs = "[data-testid=error-overlay], [data-testid*=missing-node], .comfy-error-report, "
+                    + ".comfy-missing-nodes";
+                const found = [...document.querySelectorAll(signs)];
+                return found.filter(e => e.getClientRects().length).map(e => e.textContent.trim());
+                """
+            )
+        )
+
+    def console_errors(self) -> list[str]:
+        """Severe messages of the browser's console since the last call."""
+        return [entry["message"] for entry in self._driver.get_log("browser") if entry["level"] == "SEVERE"]
+
+    def queue(self, timeout: float = RUN_SECONDS) -> PageResult:
+        """Queue the open graph as the Run button does, and wait for its end.
+
+        Raises:
+            GraphError: the page could not make a prompt of the graph.
+            TimeoutError: it did not end within `timeout` seconds.
+        """
+        before = set(self._server.get("/history"))
+        failure = self._driver.execute_async_script(
+            """
+            const done = arguments[arguments.length - 1];
+            window.app.queuePrompt(0).then(() => done(null), error => done(String(error)));
+            """
+        )
+        if failure:
+            raise GraphError(f"queuePrompt: {failure}")
+        node_errors = self.script("return window.app.lastNodeErrors") or {}
+        if node_errors:
+            return PageResult(node_errors, None, {})
+        self._until(lambda: set(self._server.get("/history")) - before, timeout, "the end of the prompt")
+        (prompt_id,) = set(self._server.get("/history")) - before
+        execution_error = self.script("return window.app.lastExecutionError") or None
+        return PageResult({}, execution_error, self._server.history(prompt_id)["outputs"])
+
+    def screenshot(self, path: Path) -> None:
+        """Write a PNG of the page."""
+        path.write_bytes(base64.b64decode(self._driver.get_screenshot_as_base64()))
+
+    def _until(self, there: Callable[[], Any], timeout: float, what: str) -> None:
+        end = time.monotonic() + timeout
+        while not there():
+            if time.monotonic() > end:
+                raise TimeoutError(f"Waited {timeout:.0f} s for {what}. Console: {self.console_errors()[-5:]}")
+            time.sleep(0.1)
