@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 for success, 1 for a failure, 2 for bad arguments, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _show_any_name()
     wanted = next((word for word in words if not word.startswith("-")), None)
     try:
         args = _parser(wanted).parse_args(words)
@@ -89,9 +92,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{install_extra(COMMANDS[wanted].extra)}.\n"
         )
         return EXIT_FAILED
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        sys.stderr.write(f"error: {where}{error.strerror or error}\n")
+        return EXIT_FAILED
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         return EXIT_CANCELLED
+
+
+def _show_any_name() -> None:
+    """Let both streams escape what their encoding lacks: a file's name must end no run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser(wanted: str | None) -> argparse.ArgumentParser:

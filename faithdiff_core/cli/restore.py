@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
-import logging
+import os
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +15,13 @@ from ..captions.trim import trim_caption
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
-from ..errors import FaithDiffError, SettingsError
+from ..errors import SettingsError
 from ..images.color import ColorFix
 from ..images.geometry import resize_lanczos, target_size
-from ..images.reading import READ_SUFFIXES, load_image
-from ..images.writing import WRITE_SUFFIXES, check_output, check_output_name, save_image
+from ..images.reading import load_image
+from ..images.writing import WRITE_SUFFIXES, check_output, save_image
 from ..sampling.schedule import StartPoint
-from .progress_line import ProgressLine
+from .jobs import Job, Progress, Report, attempt, caption_beside, find_jobs, possible
 
 if TYPE_CHECKING:
     from ..engine import FaithDiffPipeline
@@ -40,28 +38,6 @@ examples:
   four times as large, in two passes of two
     python -m faithdiff_core restore face.png -o face_4x.png --scale 4 --passes 2 --model ... --faithdiff ...
 """
-
-
-@dataclass(frozen=True)
-class Job:
-    """One image to restore."""
-
-    source: Path
-    target: Path
-
-
-@dataclass
-class Report:
-    """What became of the images."""
-
-    restored: int = 0
-    skipped: int = 0
-    failures: list[tuple[Path, str]] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The last lines of the output: counts, then each failure with its reason."""
-        counts = f"{self.restored} restored, {self.skipped} skipped (done before), {len(self.failures)} failed"
-        return [counts, *(f"failed: {path}: {reason}" for path, reason in self.failures)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,16 +160,19 @@ def run(args: argparse.Namespace) -> int:
     """
     settings = read_settings(args)
     jobs = find_jobs(args.inputs, args.output, "." + args.format)
-    todo = [job for job in jobs if args.overwrite or not job.target.exists()]
-    missing = [job for job in todo if not job.source.exists()]
-    report = Report(skipped=len(jobs) - len(todo), failures=[(job.source, "there is no such file") for job in missing])
-    todo = [job for job in todo if job not in missing]
+    todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
+    report = Report(skipped=len(jobs) - len(todo))
+    todo = possible(todo, report)
     code = 0
     if todo:
         pipeline = _load_pipeline(args)
+
+        def work(job: Job, progress: Progress) -> Sequence[str]:
+            return _restore(pipeline, job, args, settings, progress)
+
         try:
             for number, job in enumerate(todo, start=1):
-                _attempt(pipeline, job, args, settings, report, f"[{number}/{len(todo)}] {job.source.name}")
+                attempt(job, work, report, f"[{number}/{len(todo)}] {job.source.name}", args.quiet)
         except KeyboardInterrupt:
             code = EXIT_CANCELLED
     stream = sys.stderr if report.failures else sys.stdout
@@ -217,71 +196,6 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
     return RestoreSettings(**{name: value for name, value in vars(args).items() if name in names})
 
 
-def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
-    """Which images there are, and where their results go.
-
-    A single image goes to `output` if that is named like an image and is no folder; otherwise results go into the
-    folder `output`, under the images' names and in their subfolders.
-
-    Raises:
-        SettingsError: nothing is found, a name is taken twice, or a result would overwrite an input.
-    """
-    found: dict[Path, Path] = {}
-    for word in inputs:
-        for source, name in _expand(word, output):
-            found.setdefault(source, name)
-    if not found:
-        raise SettingsError(
-            f"There is nothing to restore in {', '.join(inputs)}: no image with one of the endings "
-            f"{', '.join(READ_SUFFIXES)}."
-        )
-    sources = list(found)
-    named_file = bool(output.suffix) and not output.is_dir()
-    if len(sources) == 1 and named_file and not Path(inputs[0]).is_dir():
-        check_output_name(output)
-        jobs = [Job(sources[0], output)]
-    elif output.is_file() or (named_file and output.suffix.lower() in WRITE_SUFFIXES):
-        raise SettingsError(f"{output} is one file, but there are {len(sources)} images. Give a folder.")
-    else:
-        # a.jpg and a.png would both become a.png; then both keep their endings.
-        stems = Counter(name.with_suffix("") for name in found.values())
-        targets = [
-            output / (name.with_suffix(suffix) if stems[name.with_suffix("")] == 1 else Path(f"{name}{suffix}"))
-            for name in found.values()
-        ]
-        taken = [target for target, count in Counter(targets).items() if count > 1]
-        if taken:
-            raise SettingsError(f"Several images would be written to {taken[0]}. Restore their folders one by one.")
-        jobs = [Job(source, target) for source, target in zip(sources, targets, strict=True)]
-    overwritten = {source.resolve() for source in sources} & {job.target.resolve() for job in jobs}
-    if overwritten:
-        raise SettingsError(f"The result would overwrite the input {min(overwritten)}. Choose another folder or name.")
-    return jobs
-
-
-def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
-    """Images that a word of the command line stands for, each with its name below the output folder.
-
-    Results of an earlier run, in an output folder below the input folder, are no inputs.
-    """
-    path = Path(word)
-    if path.is_dir():
-        results = output.resolve()
-        if results == path.resolve():
-            raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
-        for file in sorted(path.rglob("*")):
-            wanted = file.suffix.lower() in READ_SUFFIXES and not file.name.startswith(".") and file.is_file()
-            if wanted and results not in file.resolve().parents:
-                yield file, file.relative_to(path)
-    elif path.exists() or not glob.has_magic(word):
-        # One that does not exist is a failure like any other: it must not keep the others from being done.
-        yield path, Path(path.name)
-    else:
-        for file in map(Path, sorted(glob.glob(word, recursive=True))):
-            if file.is_file():
-                yield file, Path(file.name)
-
-
 def _load_pipeline(args: argparse.Namespace) -> FaithDiffPipeline:
     from ..engine import FaithDiffPipeline
 
@@ -301,48 +215,21 @@ def _load_pipeline(args: argparse.Namespace) -> FaithDiffPipeline:
     return pipeline
 
 
-def _attempt(
-    pipeline: FaithDiffPipeline,
-    job: Job,
-    args: argparse.Namespace,
-    settings: RestoreSettings,
-    report: Report,
-    label: str,
-) -> None:
-    """Restore one image, and put down what became of it."""
-    line = ProgressLine(quiet=args.quiet)
-    try:
-        notes = _restore(
-            pipeline, job, args, settings, lambda stage, done, total: line.show(f"{label}: {stage}", done, total)
-        )
-    except (FaithDiffError, OSError, RuntimeError, MemoryError) as error:
-        logging.getLogger(__name__).debug("restoring %s", job.source, exc_info=True)
-        reason = str(error).strip() or type(error).__name__
-        line.clear()
-        sys.stderr.write(f"{label}: failed: {reason}\n")
-        report.failures.append((job.source, reason.splitlines()[0]))
-        return
-    finally:
-        line.clear()
-    report.restored += 1
-    for note in notes:
-        sys.stderr.write(f"{label}: {note}\n")
-    if not args.quiet:
-        sys.stdout.write(f"{label} -> {job.target}\n")
-        sys.stdout.flush()
-
-
 def _restore(
     pipeline: FaithDiffPipeline,
     job: Job,
     args: argparse.Namespace,
     settings: RestoreSettings,
-    progress: Callable[[str, int, int], None],
+    progress: Progress,
 ) -> Sequence[str]:
     image = load_image(job.source)
     height, width = target_size(*image.size, **_size_arguments(args))
     check_output(job.target, height, width, transparent=image.alpha is not None)
-    prompt = _caption(job.source, args)
+    prompt = caption_beside(job.source) if args.captions else None
+    if prompt is None:
+        prompt = args.prompt
+    elif args.trim_captions:
+        prompt = trim_caption(prompt)
     result = pipeline(
         image.colors.unsqueeze(0),
         **vars(replace(settings, size=(height, width))),
@@ -355,17 +242,6 @@ def _restore(
     text = {"Software": _software(), METADATA_KEY: json.dumps(_recipe(job, args, settings, prompt, height, width))}
     save_image(job.target, replace(image, colors=result[0], alpha=alpha), text=text)
     return image.notes
-
-
-def _caption(source: Path, args: argparse.Namespace) -> str:
-    beside = source.with_suffix(".txt")
-    if not args.captions or not beside.exists():
-        return args.prompt
-    try:
-        caption = beside.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{beside.name} is no UTF-8 text. Save it as UTF-8.") from error
-    return trim_caption(caption) if args.trim_captions else caption
 
 
 def _recipe(

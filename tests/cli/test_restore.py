@@ -18,7 +18,7 @@ from PIL import Image
 
 from faithdiff_core.cli import COMMANDS, main
 from faithdiff_core.cli import restore as restore_command
-from faithdiff_core.cli.restore import Job, find_jobs
+from faithdiff_core.cli.jobs import Job, find_jobs
 from faithdiff_core.errors import SettingsError
 from faithdiff_core.images.geometry import resize_lanczos
 from faithdiff_core.images.reading import load_image
@@ -261,7 +261,7 @@ class TestJobs:
     @pytest.mark.parametrize(
         ("inputs", "output", "message"),
         [
-            (["*.bmp"], "x", r"There is nothing to restore in \*.bmp"),
+            (["*.bmp"], "x", r"There is no image in \*.bmp"),
             (["a.jpg", "c.tiff"], "x.png", "x.png is one file, but there are 2 images"),
             (["a.jpg"], "x.bmp", "images are written as .png, .jpg, .jpeg, .webp, not as .bmp"),
             (["a.png"], "a.png", "would overwrite the input"),

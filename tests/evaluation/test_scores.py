@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.cli import evaluate as command
+from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.evaluation import scores as module
 
 

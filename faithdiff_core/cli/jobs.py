@@ -1,0 +1,249 @@
+"""Images in, images out: which files a command reads, where its results go, and how one bad file ends no run."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import FaithDiffError, ImageError, SettingsError
+from ..images.reading import READ_SUFFIXES
+from ..images.writing import WRITE_SUFFIXES, check_output_name
+from .progress_line import ProgressLine
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage of the work, and how many units of it are done, of how many."""
+
+NAME_LIMIT = 255
+"""Bytes of a file name, where the file system does not say how many it takes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image and the file that its result goes to."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Report:
+    """What became of the images.
+
+    Attributes:
+        done: number of images whose results are written.
+        skipped: number of images whose results were there before, or None for commands that skip none.
+        failures: images with the reasons why they failed.
+        verb: what is done to an image, for the last line.
+    """
+
+    done: int = 0
+    skipped: int | None = 0
+    failures: list[tuple[Path, str]] = field(default_factory=list)
+    verb: str = "restored"
+
+    def lines(self) -> list[str]:
+        """The last lines of the output: counts, then each failure with its reason."""
+        skipped = "" if self.skipped is None else f" {self.skipped} skipped (done before),"
+        counts = f"{self.done} {self.verb},{skipped} {len(self.failures)} failed"
+        return [counts, *(f"failed: {path}: {reason}" for path, reason in self.failures)]
+
+
+def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
+    """Which images there are, and where their results go.
+
+    A single image goes to `output` if that is named like an image and is no folder; otherwise results go into the
+    folder `output`, under the images' names and in their subfolders. Where two names differ in their endings or in
+    upper and lower case alone, results get names that no file system takes for one.
+
+    Args:
+        inputs: files, folders and patterns.
+        output: the file or folder to write.
+        suffix: ending of results in a folder, such as ".png".
+
+    Raises:
+        SettingsError: nothing is found, a name is taken twice, or a result would overwrite an input.
+    """
+    found: dict[Path, Path] = {}
+    for word in inputs:
+        for source, name in _expand(word, output):
+            found.setdefault(source, name)
+    if not found:
+        raise SettingsError(
+            f"There is no image in {', '.join(inputs)}: no file with one of the endings {', '.join(READ_SUFFIXES)}."
+        )
+    sources = list(found)
+    named_file = bool(output.suffix) and not os.path.isdir(output)
+    if len(sources) == 1 and named_file and not os.path.isdir(inputs[0]):
+        check_output_name(output)
+        jobs = [Job(sources[0], output)]
+    elif os.path.isfile(output) or (named_file and output.suffix.lower() in WRITE_SUFFIXES):
+        raise SettingsError(f"{output} is one file, but there are {len(sources)} images. Give a folder.")
+    else:
+        targets = _targets(list(found.values()), output, suffix)
+        jobs = [Job(source, target) for source, target in zip(sources, targets, strict=True)]
+    overwritten = {_real(source) for source in sources} & {_real(job.target) for job in jobs}
+    if overwritten:
+        raise SettingsError(f"The result would overwrite the input {min(overwritten)}. Choose another folder or name.")
+    return jobs
+
+
+def _targets(names: Sequence[Path], output: Path, suffix: str) -> list[Path]:
+    """Where results go, one for each name, all different even where upper and lower case are the same."""
+    # a.jpg and a.png would both become a.png; then both keep their endings.
+    stems = Counter(str(name.with_suffix("")).casefold() for name in names)
+    targets = [
+        name.with_suffix(suffix) if stems[str(name.with_suffix("")).casefold()] == 1 else Path(f"{name}{suffix}")
+        for name in names
+    ]
+    twice = [target for target, count in Counter(targets).items() if count > 1]
+    if twice:
+        raise SettingsError(
+            f"Several images would be written to {output / twice[0]}. Give their folders one at a time."
+        )
+    taken = {str(target).casefold() for target in targets}
+    seen: set[str] = set()
+    for index, target in enumerate(targets):
+        unique, number = target, 1
+        while str(unique).casefold() in (seen if number == 1 else seen | taken):
+            number += 1
+            unique = target.with_stem(f"{target.stem}_{number}")
+        targets[index] = unique
+        seen.add(str(unique).casefold())
+    return [output / target for target in targets]
+
+
+def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
+    """Images that a word of the command line stands for, each with its name below the output folder.
+
+    Results of an earlier run, in an output folder below the input folder, are no inputs.
+    """
+    path = Path(word)
+    if os.path.isdir(path):
+        results = _real(output)
+        if results == _real(path):
+            raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
+        for file in sorted(path.rglob("*")):
+            wanted = file.suffix.lower() in READ_SUFFIXES and not file.name.startswith(".") and os.path.isfile(file)
+            if wanted and results not in _real(file).parents:
+                yield file, file.relative_to(path)
+    elif os.path.lexists(path) or not glob.has_magic(word):
+        # One that does not exist is a failure like any other: it must not keep the others from being done.
+        yield path, Path(path.name)
+    else:
+        for file in map(Path, sorted(glob.glob(word, recursive=True))):
+            if os.path.isfile(file):
+                yield file, Path(file.name)
+
+
+def _real(path: Path) -> Path:
+    """A path without links; `Path.resolve` raises an error for links in a circle and for null bytes."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return Path(os.path.abspath(path))
+
+
+def possible(jobs: Sequence[Job], report: Report) -> list[Job]:
+    """The jobs that can be done as far as files tell, looked at before any work; the others are failures in `report`.
+
+    Raises:
+        ImageError: none of the results' folders can be written to.
+    """
+    reasons = {folder: _folder_problem(folder) for folder in {job.target.parent for job in jobs}}
+    if jobs and all(reasons.values()):
+        raise ImageError(f"Results cannot be written: {reasons[jobs[0].target.parent]}")
+    good = []
+    for job in jobs:
+        reason = _source_problem(job.source) or reasons[job.target.parent] or _name_problem(job.target)
+        if reason:
+            report.failures.append((job.source, reason))
+        else:
+            good.append(job)
+    return good
+
+
+def _source_problem(source: Path) -> str:
+    if os.path.exists(source):
+        return ""
+    return "it is a link that leads to no file" if os.path.islink(source) else "there is no such file"
+
+
+def _folder_problem(folder: Path) -> str:
+    """Why no file can be made in a folder that may have to be made itself; empty if one can."""
+    there = folder
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    try:
+        if there == folder:
+            with tempfile.TemporaryFile(dir=there):
+                pass
+        else:
+            os.rmdir(tempfile.mkdtemp(dir=there))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        return f"the folder {folder} cannot be {'written to' if there == folder else 'made'} ({there}: {reason})."
+    return ""
+
+
+def _name_problem(target: Path) -> str:
+    try:
+        limit = os.pathconf(target.parent, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # no such folder yet, or Windows
+        limit = NAME_LIMIT
+    size = len(os.fsencode(target.name))
+    return f"the result's name has {size} bytes, and the file system takes {limit}. Rename the image." * (size > limit)
+
+
+def attempt(job: Job, work: Callable[[Job, Progress], Sequence[str]], report: Report, label: str, quiet: bool) -> None:
+    """Do one job, and put down in `report` what became of it: no error but Ctrl-C ends a run.
+
+    Args:
+        job: what is worked on.
+        work: does it and returns notes for the user.
+        report: gets the result.
+        label: number and name, before what is written about the image.
+        quiet: write about failures and notes alone.
+    """
+    line = ProgressLine(quiet=quiet)
+    try:
+        notes = work(job, lambda stage, done, total: line.show(f"{label}: {stage}", done, total))
+    # Decoders and models of other packages raise whatever they like, and the other images are still to be done.
+    except Exception as error:
+        logging.getLogger(__name__).debug("working on %s", job.source, exc_info=True)
+        reason = str(error).strip() or type(error).__name__
+        if not isinstance(error, (FaithDiffError, OSError, RuntimeError, MemoryError)):
+            reason = f"{type(error).__name__}: {reason}"
+        line.clear()
+        sys.stderr.write(f"{label}: failed: {reason}\n")
+        report.failures.append((job.source, reason.splitlines()[0]))
+        return
+    finally:
+        line.clear()
+    report.done += 1
+    for note in notes:
+        sys.stderr.write(f"{label}: {note}\n")
+    if not quiet:
+        sys.stdout.write(f"{label} -> {job.target}\n")
+        sys.stdout.flush()
+
+
+def caption_beside(source: Path) -> str | None:
+    """The caption in NAME.txt beside an image, without the mark (BOM) that Windows' editor puts first; None without.
+
+    Raises:
+        SettingsError: the file is not UTF-8.
+    """
+    beside = source.with_suffix(".txt")
+    if not os.path.exists(beside):
+        return None
+    try:
+        return beside.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{beside.name} is no UTF-8 text. Save it as UTF-8.") from error
