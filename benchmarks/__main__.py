@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
+from faithdiff_core.dtypes import COMPUTE_DTYPES
+
 from .host import find_host
 from .measure import free_memory
 from .registry import ROWS, Row, release
 from .results import Report, Result, missing, table
 from .settings import PUBLISHED_SIZE, SCALE, Settings
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed and memory of FaithDiff.")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda, mps or cpu, what there is")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the U-Net; default: fp16, on a processor bf16")
+    parser.add_argument(
+        "--dtype", choices=list(COMPUTE_DTYPES), help="of the U-Net; default: fp16, on a processor bf16"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="default: 1024, on a processor 256")
     parser.add_argument("--steps", type=int, help="sampling steps; default: 20, on a processor 2, quick 1")
     parser.add_argument("--repeats", type=int, help="rounds after the warm-up; default: 5, quick 2")
@@ -59,7 +61,7 @@ def settings_of(options: argparse.Namespace, say: Callable[[str], None]) -> Sett
         raise SystemExit(f"--sizes must be multiples of {8 * SCALE} pixels, got {sizes}.")
     return Settings(
         device=torch.device(name),
-        dtype=DTYPES[options.dtype or ("bf16" if on_cpu else "fp16")],
+        dtype=COMPUTE_DTYPES[options.dtype or ("bf16" if on_cpu else "fp16")],
         sizes=sizes,
         steps=options.steps or ((1 if options.quick else 2) if on_cpu else 20),
         repeats=options.repeats or (2 if options.quick else 5),

@@ -108,9 +108,9 @@ def files(settings: Settings) -> Iterator[Result]:
             # All are held at the end, as a model holds them: fresh memory is a large part of what loading costs.
             weights = read_faithdiff(source)
             return [
-                part.pop(key).to(settings.device, torch.float16)
+                part.state.pop(key).to(settings.device, torch.float16)
                 for part in weights.parts.values()
-                for key in list(part)
+                for key in list(part.state)
             ]
 
         times = interleaved(settings, {"ours": load, "read": lambda: _read(source)})

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from faithdiff_core.dtypes import dtype_name
 from faithdiff_core.tiling.grid import MIN_TILE
 
 SCALE = 8
@@ -66,7 +67,7 @@ class Settings:
     @property
     def dtype_name(self) -> str:
         """Such as `bf16`."""
-        return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.dtype]
+        return dtype_name(self.dtype)
 
     @property
     def vae_dtype(self) -> torch.dtype:

@@ -65,7 +65,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory, golden: Golden) -> Path:
 
     folder = tmp_path_factory.mktemp("tiny_sdxl")
     unet = UNet2DConditionModel(**golden.manifest["unet"])
-    unet.load_state_dict({key: value.float() for key, value in (read_faithdiff(golden.model).unet or {}).items()})
+    unet.load_state_dict({k: v.float() for k, v in read_faithdiff(golden.model).parts["unet"].state.items()})
     vae = AutoencoderKL(**golden.manifest["vae"])
     vae.load_state_dict({key: value.float() for key, value in load_file(golden.vae).items()})
     context = golden.manifest["unet"]["cross_attention_dim"]

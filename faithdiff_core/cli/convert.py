@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..weights.conversion import DTYPES, convert
+from ..dtypes import DTYPES
+from ..weights.conversion import convert
 from .progress_line import ProgressLine
 
 

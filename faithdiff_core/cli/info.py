@@ -9,7 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..weights.conversion import DTYPES
+from torch import Tensor
+
+from ..dtypes import dtype_name
 from ..weights.faithdiff_file import FaithDiffWeights, read_faithdiff
 
 _KINDS = {
@@ -49,24 +51,18 @@ def run_info(args: argparse.Namespace) -> int:
 
 def describe(weights: FaithDiffWeights) -> dict[str, Any]:
     """What a file holds, in plain types."""
-    configs = {
-        "unet": weights.unet_config,
-        "lq_encoder": weights.lq_encoder_config,
-        "alignment": weights.alignment_config,
-    }
     parts = {
         name: {
-            "tensors": len(part),
-            "parameters": sum(tensor.numel() for tensor in part.values()),
-            "dtypes": _dtypes(part),
-            "sizes": vars(configs[name]),
+            "tensors": len(part.state),
+            "parameters": sum(tensor.numel() for tensor in part.state.values()),
+            "dtypes": _dtypes(part.state),
+            "sizes": vars(part.config),
         }
         for name, part in weights.parts.items()
     }
     return {"file": str(weights.path), "kind": weights.kind, "parts": parts, "metadata": weights.metadata}
 
 
-def _dtypes(part: dict[str, Any]) -> list[str]:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    counts = Counter(names.get(tensor.dtype, str(tensor.dtype)) for tensor in part.values())
+def _dtypes(state: dict[str, Tensor]) -> list[str]:
+    counts = Counter(dtype_name(tensor.dtype) for tensor in state.values())
     return [name for name, _ in counts.most_common()]

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..dtypes import COMPUTE_DTYPES
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 
 DEFAULT_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -19,14 +20,8 @@ DEFAULT_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
 
 Offload = Literal["none", "model", "sequential"]
 
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-}
+_DTYPES = COMPUTE_DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in COMPUTE_DTYPES.values()}
+"""Dtypes by the project's names and by torch's."""
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 """What diffusers raises for files it cannot make sense of."""
@@ -65,8 +60,8 @@ def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch
     """
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.float16
-    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
+    chosen = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None or chosen not in _DTYPES.values():
         raise SettingsError(f"dtype must be one of fp32, bf16 and fp16, got {dtype!r}.")
     return chosen
 

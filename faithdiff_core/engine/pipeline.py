@@ -147,12 +147,13 @@ class FaithDiffPipeline:
         dtype = choose_dtype(dtype, device)
         chosen = make_scheduler(scheduler or "euler") if scheduler is None or isinstance(scheduler, str) else scheduler
         weights = read_faithdiff(faithdiff)
-        unet_state = weights.unet
+        unet_part = weights.unet
         if unet is not None:
-            unet_state = read_faithdiff(unet).unet
-            if unet_state is None:
+            unet_part = read_faithdiff(unet).unet
+            if unet_part is None:
                 raise WeightsError(f"{Path(unet).name} holds no U-Net; `convert` writes it as *_unet.safetensors.")
         lq_encoder, alignment = weights.build_lq_encoder(dtype), weights.build_alignment(dtype)
+        unet_state = unet_part.state if unet_part is not None else None
         sdxl = load_sdxl(model, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
         sdxl.scheduler = chosen
         return cls(sdxl, lq_encoder, alignment, device=device, offload=offload)

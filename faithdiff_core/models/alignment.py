@@ -21,11 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..dtypes import widened
 from ..errors import SettingsError
 from .lq_encoder import NORM_EPS, NORM_GROUPS
+from .shapes import Shape, block_count, check_channels
 
 LAYERS_PREFIX = "information_transformer_layes."
 """Where the published file keeps the residual blocks; the spelling is the file's."""
+
+MAX_LAYERS = 32
+"""Most residual blocks that a file can have."""
 
 QUICK_GELU = 1.702
 """Slope of the sigmoid in QuickGELU, the activation of the blocks' MLP."""
@@ -54,52 +59,32 @@ class AlignmentConfig:
         """Channels that the blocks see: the U-Net's and the condition's together."""
         return self.unet_channels + self.condition_channels
 
+    def __post_init__(self) -> None:
+        check_channels(NORM_GROUPS, feature_channels=self.feature_channels)
+        check_channels(
+            condition_channels=self.condition_channels, unet_channels=self.unet_channels, mlp_channels=self.mlp_channels
+        )
+
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> AlignmentConfig:
-        """Read the sizes off a state dict with the published names.
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> AlignmentConfig:
+        """Read the sizes off the shapes of a state dict with the published names.
 
         Raises:
             KeyError: a name that the sizes hang on is missing.
+            SettingsError: there is no alignment of these sizes.
         """
-        layers = {int(key.split(".")[1]) for key in state if key.startswith(LAYERS_PREFIX)}
         return cls(
-            feature_channels=state["condition_embedding.norm_in.weight"].shape[0],
-            condition_channels=state["condition_embedding.conv_out.weight"].shape[0],
-            unet_channels=state["spatial_ch_projs.weight"].shape[0],
-            mlp_channels=state[f"{LAYERS_PREFIX}0.mlp.c_fc.weight"].shape[0],
-            layers=max(layers) + 1,
+            feature_channels=shapes["condition_embedding.norm_in.weight"][0],
+            condition_channels=shapes["condition_embedding.conv_out.weight"][0],
+            unet_channels=shapes["spatial_ch_projs.weight"][0],
+            mlp_channels=shapes[f"{LAYERS_PREFIX}0.mlp.c_fc.weight"][0],
+            layers=block_count(shapes, LAYERS_PREFIX, MAX_LAYERS),
         )
 
-    def published_shapes(self) -> dict[str, tuple[int, ...]]:
+    def published_shapes(self) -> dict[str, Shape]:
         """Names and shapes of the published state dict with these sizes, queries and keys included."""
-        c, w, m = self.feature_channels, self.width, self.mlp_channels
-        shapes: dict[str, tuple[int, ...]] = {
-            "condition_embedding.norm_in.weight": (c,),
-            "condition_embedding.norm_in.bias": (c,),
-            "condition_embedding.conv_in.weight": (c, c, 3, 3),
-            "condition_embedding.conv_in.bias": (c,),
-            "condition_embedding.conv_out.weight": (self.condition_channels, c, 3, 3),
-            "condition_embedding.conv_out.bias": (self.condition_channels,),
-            "spatial_ch_projs.weight": (self.unet_channels, w),
-            "spatial_ch_projs.bias": (self.unet_channels,),
-        }
-        for layer in range(self.layers):
-            for name, shape in (
-                ("attn.in_proj_weight", (3 * w, w)),
-                ("attn.in_proj_bias", (3 * w,)),
-                ("attn.out_proj.weight", (w, w)),
-                ("attn.out_proj.bias", (w,)),
-                ("ln_1.weight", (w,)),
-                ("ln_1.bias", (w,)),
-                ("ln_2.weight", (w,)),
-                ("ln_2.bias", (w,)),
-                ("mlp.c_fc.weight", (m, w)),
-                ("mlp.c_fc.bias", (m,)),
-                ("mlp.c_proj.weight", (w, m)),
-                ("mlp.c_proj.bias", (w,)),
-            ):
-                shapes[f"{LAYERS_PREFIX}{layer}.{name}"] = shape
-        return shapes
+        published = to_published(Alignment(self, device="meta", folded=False))
+        return {name: tuple(value.shape) for name, value in published.items()}
 
 
 class _ConditionEmbedding(nn.Module):
@@ -160,7 +145,7 @@ class Alignment(nn.Module):
     """LQ features into the U-Net's first features.
 
     Args:
-        config: the sizes; `AlignmentConfig.from_state_dict` reads them off a file.
+        config: the sizes; `AlignmentConfig.from_shapes` reads them off a file.
         dtype: of the parameters.
         device: of the parameters.
         operations: a namespace with `Conv2d`, `Linear`, `GroupNorm` and `LayerNorm`; `torch.nn`, or a host's own.
@@ -245,7 +230,7 @@ class Alignment(nn.Module):
         return torch.add(h, self.residual(h, condition), alpha=strength)
 
 
-def alignment_state(
+def from_published(
     published: Mapping[str, Tensor], config: AlignmentConfig, *, folded: bool, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
     """Turn a published state dict into one for `Alignment`.
@@ -272,7 +257,7 @@ def alignment_state(
         v_bias = published[source + "in_proj_bias"][2 * width :]
         out_weight, out_bias = published[source + "out_proj.weight"], published[source + "out_proj.bias"]
         if folded:
-            wide = torch.promote_types(out_weight.dtype, torch.float32)
+            wide = widened(out_weight.dtype)
             out_wide = out_weight.to(wide)
             state[target + "weight"] = (out_wide @ v_weight.to(wide)).to(dtype or out_weight.dtype)
             state[target + "bias"] = (out_wide @ v_bias.to(wide) + out_bias.to(wide)).to(dtype or out_bias.dtype)
@@ -293,7 +278,7 @@ def alignment_state(
     return {key: value.to(dtype) for key, value in state.items()} if dtype is not None else state
 
 
-def published_state(alignment: Alignment) -> dict[str, Tensor]:
+def to_published(alignment: Alignment) -> dict[str, Tensor]:
     """The state dict of an unfolded `Alignment` under the published names.
 
     Queries and keys, which never had an effect, are written as zeros, so that the file has the published shapes.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..tiling.blend import Span, composite, composite_spans
+from .shapes import Shape, block_count, check_channels, shapes_of
 
 NORM_GROUPS = 32
 """Groups of every GroupNorm; a checkpoint's shapes do not tell it, and SDXL's VAE never uses another number."""
@@ -29,6 +30,9 @@ ENCODER_TILE = 1024
 
 ENCODER_OVERLAP = 0.25
 """Real overlap of encoder tiles as a fraction of the tile side (stride 768 px at 1024 px)."""
+
+MAX_LEVELS = 8
+"""Most levels, and most residual blocks of a level, that a file can have."""
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, total) after each unit of work; it may raise to cancel."""
@@ -58,19 +62,28 @@ class LQEncoderConfig:
         """Pixels per feature along each side (published: 8)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def __post_init__(self) -> None:
+        check_channels(NORM_GROUPS, block_out_channels=self.block_out_channels)
+        check_channels(in_channels=self.in_channels)
+
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> LQEncoderConfig:
-        """Read the sizes off a state dict with diffusers' names.
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> LQEncoderConfig:
+        """Read the sizes off the shapes of a state dict with diffusers' names.
 
         Raises:
             KeyError: a name that the sizes hang on is missing.
+            SettingsError: there is no encoder of these sizes.
         """
-        levels = sorted({int(key.split(".")[1]) for key in state if key.startswith("down_blocks.")})
-        layers = {int(key.split(".")[3]) for key in state if key.startswith("down_blocks.0.resnets.")}
-        if not levels or not layers:
+        levels = block_count(shapes, "down_blocks.", MAX_LEVELS)
+        layers = block_count(shapes, "down_blocks.0.resnets.", MAX_LEVELS)
+        if not layers:
             raise KeyError("down_blocks.0.resnets.0.conv1.weight")
-        channels = tuple(state[f"down_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels)
-        return cls(channels, max(layers) + 1, state["conv_in.weight"].shape[1])
+        channels = tuple(shapes[f"down_blocks.{level}.resnets.0.conv1.weight"][0] for level in range(levels))
+        return cls(channels, layers, shapes["conv_in.weight"][1])
+
+    def shapes(self) -> dict[str, Shape]:
+        """Names and shapes of all tensors of an encoder with these sizes."""
+        return shapes_of(LQEncoder(self, device="meta"))
 
 
 class _ResnetBlock(nn.Module):
@@ -152,7 +165,7 @@ class LQEncoder(nn.Module):
     """Low-quality image to features.
 
     Args:
-        config: the sizes; `LQEncoderConfig.from_state_dict` reads them off a file.
+        config: the sizes; `LQEncoderConfig.from_shapes` reads them off a file.
         dtype: of the parameters.
         device: of the parameters.
         operations: a namespace with `Conv2d`, `Linear` and `GroupNorm`; `torch.nn`, or a host's casting layers.

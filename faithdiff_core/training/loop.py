@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..dtypes import COMPUTE_DTYPES
 from ..errors import MissingPackageError, SettingsError, install_extra
 from ..sampling.schedule import alphas_cumprod, leading_timesteps, sampling_sigmas
 from .config import StageConfig, TrainConfig
 from .data import SampleSettings, StepBatches, TrainingSet, collate, open_source, usable_entries, validation_pairs
 from .degradation import to_image
 from .model import FrozenModels, TrainableModel, add_lora, load_models, time_ids, trainable
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in the output folder."""
@@ -400,7 +399,7 @@ def write_files(model: TrainableModel, config: TrainConfig, name: str) -> list[P
     paths = []
     for suffix, adapter_only in (("", False), ("_adapter", True)):
         path = config.output / f"{name}{suffix}.safetensors"
-        state = model.published(adapter_only=adapter_only, dtype=DTYPES[config.save_precision])
+        state = model.published(adapter_only=adapter_only, dtype=COMPUTE_DTYPES[config.save_precision])
         unfinished = path.with_name(f".{path.name}.unfinished")
         save_file(state, str(unfinished), metadata={"format": "pt"})
         os.replace(unfinished, path)

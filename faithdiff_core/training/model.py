@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.alignment_hook import AlignmentHook
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
-from ..models.alignment import Alignment, AlignmentConfig, published_state
+from ..models.alignment import Alignment, AlignmentConfig, to_published
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..weights.faithdiff_file import ENCODER_PREFIX, read_faithdiff
 from .config import LoraConfig, StageConfig
@@ -103,7 +103,7 @@ class TrainableModel(nn.Module):
         """
         state = {} if adapter_only else merged_unet_state(self.unet)
         state |= {ENCODER_PREFIX + key: value for key, value in self.lq_encoder.state_dict().items()}
-        state |= published_state(self.alignment)
+        state |= to_published(self.alignment)
         return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
 
 
@@ -162,7 +162,7 @@ def lq_encoder_from_vae(vae_state: Mapping[str, Tensor]) -> LQEncoder:
         if key.startswith(prefix) and not key.startswith(("encoder.conv_norm_out.", "encoder.conv_out."))
     }
     try:
-        module = LQEncoder(LQEncoderConfig.from_state_dict(state))
+        module = LQEncoder(LQEncoderConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()}))
         module.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise WeightsError(f"The LQ encoder cannot start from this VAE; its encoder is not SDXL's: {error}") from error
@@ -289,7 +289,7 @@ def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenMo
         alignment = weights.build_alignment(torch.float32, folded=False)
         if weights.unet is not None:
             try:
-                unet.load_state_dict(weights.unet)
+                unet.load_state_dict(weights.unet.state)
             except RuntimeError as error:
                 raise WeightsError(f"{init}: its U-Net does not fit the one in {base}: {error}") from error
     pipeline.unet = None

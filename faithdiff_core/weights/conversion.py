@@ -22,21 +22,13 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..dtypes import DTYPES, dtype_name, widened
 from ..errors import SettingsError, WeightsError
 from .checkpoint_file import open_tensors
 from .faithdiff_file import ENCODER_PREFIX, FaithDiffWeights, part_of, read_faithdiff
 
 FORMAT_VERSION = "1"
 """Goes up when a converted file's names or layout change."""
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-}
-"""The dtypes of converted files by the names that ComfyUI's users know."""
 
 _FORMAT_NAMES = {
     torch.float32: "F32",
@@ -178,10 +170,10 @@ def _header(name: str, path: Path, weights: FaithDiffWeights, target: torch.dtyp
     """The first bytes of a converted file, where its tensors lie, and its size."""
     tensors: dict[str, Tensor] = {}
     if name == "unet":
-        tensors |= weights.unet or {}
+        tensors |= weights.parts["unet"].state
     else:
-        tensors |= {ENCODER_PREFIX + key: value for key, value in (weights.lq_encoder or {}).items()}
-        tensors |= weights.alignment or {}
+        tensors |= {ENCODER_PREFIX + key: value for key, value in weights.parts["lq_encoder"].state.items()}
+        tensors |= weights.parts["alignment"].state
     dtypes = {key: _stored_dtype(name, tensor, target) for key, tensor in tensors.items()}
     widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
     header: dict[str, object] = {
@@ -189,7 +181,7 @@ def _header(name: str, path: Path, weights: FaithDiffWeights, target: torch.dtyp
             "format": "pt",
             "faithdiff.format_version": FORMAT_VERSION,
             "faithdiff.part": name,
-            "faithdiff.dtype": next(n for n, d in DTYPES.items() if d == (target if name == "unet" else widest)),
+            "faithdiff.dtype": dtype_name(target if name == "unet" else widest),
             "faithdiff.source_sha256": _SHA256_PLACEHOLDER,
             "faithdiff.source": path.name,
         }
@@ -252,12 +244,14 @@ def _cast_blocks(path: Path, key: str, value: Tensor, dtype: torch.dtype) -> Ite
     cast = torch.empty(min(flat.numel(), _CAST_VALUES), dtype=dtype)
     limit = torch.finfo(dtype).max
     for part in flat.split(_CAST_VALUES) if flat.numel() else ():
+        part = part.to(widened(part.dtype)) if part.dtype.itemsize == 1 else part
         low, high = (end.item() for end in torch.aminmax(part))
         if not (low >= -limit and high <= limit):  # both are NaN if one value is
             largest = flat.abs().amax().item()
-            name = next(n for n, d in DTYPES.items() if d == dtype)
             remedy = "Use bf16 or fp32." if largest < float("inf") else "The file is damaged; download it again."
-            raise WeightsError(f"{path.name}: {key} has a value of {largest:g}, which {name} cannot hold. {remedy}")
+            raise WeightsError(
+                f"{path.name}: {key} has a value of {largest:g}, which {dtype_name(dtype)} cannot hold. {remedy}"
+            )
         block = cast[: part.numel()].copy_(part)
         yield block.view(torch.uint8).numpy().data
 

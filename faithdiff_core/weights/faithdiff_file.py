@@ -6,19 +6,21 @@ they are used.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError
-from ..models.alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, alignment_state
+from ..dtypes import READABLE_DTYPES, dtype_name
+from ..errors import SettingsError, WeightsError
+from ..models.alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, from_published
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
+from ..models.shapes import Shape
 from .checkpoint_file import REDOWNLOAD, listing, open_tensors
-from .unet_shapes import Shape, UNetConfig
+from .unet_shapes import UNetConfig
 
 ENCODER_PREFIX = "denoise_encoder."
 """Where a FaithDiff file keeps the LQ encoder."""
@@ -42,32 +44,48 @@ UNET_PREFIXES = (
 """Where a U-Net in diffusers' format keeps its tensors."""
 
 
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Part(Generic[Config]):
+    """One part of a FaithDiff file: its tensors and its sizes.
+
+    Attributes:
+        state: tensors mapped from the file, under the part's own names.
+        config: the sizes that they show.
+    """
+
+    state: dict[str, Tensor] = field(repr=False)
+    config: Config
+
+
 @dataclass(frozen=True)
 class FaithDiffWeights:
-    """What a FaithDiff file holds.
+    """What a FaithDiff file holds; a part that it does not hold is None.
 
     Attributes:
         path: the file.
-        unet: the U-Net's tensors under diffusers' names, or None.
-        lq_encoder: the LQ encoder's tensors under diffusers' encoder names, or None.
-        alignment: the alignment's tensors under the published names, or None.
-        unet_config, lq_encoder_config, alignment_config: sizes of the parts that are there.
+        unet: the U-Net under diffusers' names.
+        lq_encoder: the LQ encoder under diffusers' names of a VAE's encoder.
+        alignment: the alignment under the published names.
         metadata: the text entries of a safetensors file; empty for a pickle.
     """
 
     path: Path
-    unet: dict[str, Tensor] | None = field(repr=False)
-    lq_encoder: dict[str, Tensor] | None = field(repr=False)
-    alignment: dict[str, Tensor] | None = field(repr=False)
-    unet_config: UNetConfig | None
-    lq_encoder_config: LQEncoderConfig | None
-    alignment_config: AlignmentConfig | None
+    unet: Part[UNetConfig] | None
+    lq_encoder: Part[LQEncoderConfig] | None
+    alignment: Part[AlignmentConfig] | None
     metadata: dict[str, str]
 
     @property
-    def parts(self) -> dict[str, dict[str, Tensor]]:
+    def parts(self) -> dict[str, Part[Any]]:
         """The parts that are there, by name."""
-        named = {"unet": self.unet, "lq_encoder": self.lq_encoder, "alignment": self.alignment}
+        named: dict[str, Part[Any] | None] = {
+            "unet": self.unet,
+            "lq_encoder": self.lq_encoder,
+            "alignment": self.alignment,
+        }
         return {name: part for name, part in named.items() if part is not None}
 
     @property
@@ -80,45 +98,31 @@ class FaithDiffWeights:
             return "adapter"
         return "unet" if names == {"unet"} else "partial"
 
-    def lq_encoder_state(self) -> dict[str, Tensor]:
-        """The state dict for `LQEncoder`.
-
-        Raises:
-            WeightsError: the file has no LQ encoder.
-        """
-        return self._need("lq_encoder", self.lq_encoder)
-
-    def alignment_state(self, dtype: torch.dtype | None = None, *, folded: bool = True) -> dict[str, Tensor]:
-        """The state dict for `Alignment`, in the file's dtype unless told; see there for `folded`.
-
-        Raises:
-            WeightsError: the file has no alignment.
-        """
-        published = self._need("alignment", self.alignment)
-        assert self.alignment_config is not None
-        return alignment_state(published, self.alignment_config, folded=folded, dtype=dtype)
-
     def build_lq_encoder(
         self,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         operations: Any = nn,
+        *,
+        assign: bool = False,
     ) -> LQEncoder:
         """Make the LQ encoder with the file's weights.
 
         Args:
-            dtype: of the parameters; the file's unless told.
-            device: of the parameters; CPU unless told.
+            dtype: of the parameters. Defaults to the file's, or to float16 for a file with 8 bits.
+            device: of the parameters. Defaults to the CPU.
             operations: see `LQEncoder`.
+            assign: make the tensors themselves the parameters instead of copying their values; where nothing needs
+                to be cast, they stay mapped from the file.
 
         Raises:
             WeightsError: the file has no LQ encoder.
         """
-        state = self.lq_encoder_state()
-        assert self.lq_encoder_config is not None
-        dtype = state["conv_in.weight"].dtype if dtype is None else dtype
-        module = LQEncoder(self.lq_encoder_config, dtype=dtype, device=device or "cpu", operations=operations)
-        module.load_state_dict(state)
+        part = self._need("LQ encoder", self.lq_encoder)
+        dtype = _default_dtype(part.state["conv_in.weight"]) if dtype is None else dtype
+        state = {key: value.to(dtype) for key, value in part.state.items()}
+        module = LQEncoder(part.config, dtype=dtype, device=device or "cpu", operations=operations)
+        module.load_state_dict(state, assign=assign)
         return module.eval().requires_grad_(False)
 
     def build_alignment(
@@ -127,6 +131,7 @@ class FaithDiffWeights:
         device: torch.device | str | None = None,
         operations: Any = nn,
         *,
+        assign: bool = False,
         folded: bool = True,
     ) -> Alignment:
         """Make the alignment with the file's weights; arguments as in `build_lq_encoder`, `folded` as in `Alignment`.
@@ -134,21 +139,24 @@ class FaithDiffWeights:
         Raises:
             WeightsError: the file has no alignment.
         """
-        state = self.alignment_state(dtype, folded=folded)
-        assert self.alignment_config is not None
-        dtype = state["proj.weight"].dtype if dtype is None else dtype
-        module = Alignment(
-            self.alignment_config, dtype=dtype, device=device or "cpu", operations=operations, folded=folded
-        )
-        module.load_state_dict(state)
+        part = self._need("alignment", self.alignment)
+        dtype = _default_dtype(part.state["spatial_ch_projs.weight"]) if dtype is None else dtype
+        state = from_published(part.state, part.config, folded=folded, dtype=dtype)
+        module = Alignment(part.config, dtype=dtype, device=device or "cpu", operations=operations, folded=folded)
+        module.load_state_dict(state, assign=assign)
         return module.eval().requires_grad_(False)
 
-    def _need(self, name: str, part: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def _need(self, name: str, part: Part[Config] | None) -> Part[Config]:
         if part is None:
             raise WeightsError(
                 f"{self.path.name} holds only {listing(sorted(self.parts))}, but the {name} is needed. {REDOWNLOAD}"
             )
         return part
+
+
+def _default_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to build a module in: modules do not compute in 8 bits."""
+    return tensor.dtype if tensor.dtype.itemsize > 1 else torch.float16
 
 
 def read_faithdiff(path: str | Path) -> FaithDiffWeights:
@@ -168,46 +176,23 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
     """
     path = Path(path)
     tensors, metadata = open_tensors(path)
-    parts = _split(path, tensors)
-    unet_config = encoder_config = alignment_config = None
-    if parts["unet"]:
-        unet_config = _checked_config(path, "U-Net", parts["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
-    if parts["lq_encoder"]:
-        encoder_config = _checked_config(
-            path,
-            "LQ encoder",
-            parts["lq_encoder"],
-            lambda _: LQEncoderConfig.from_state_dict(parts["lq_encoder"]),
-            _encoder_shapes,
-        )
-    if parts["alignment"]:
-        alignment_config = _checked_config(
-            path,
-            "alignment",
-            parts["alignment"],
-            lambda _: AlignmentConfig.from_state_dict(parts["alignment"]),
-            AlignmentConfig.published_shapes,
-        )
-    if encoder_config and alignment_config and encoder_config.feature_channels != alignment_config.feature_channels:
-        raise WeightsError(
-            f"{path.name}: the LQ encoder gives {encoder_config.feature_channels} channels, but the alignment takes "
-            f"{alignment_config.feature_channels}. The parts belong to different models. {REDOWNLOAD}"
-        )
-    if unet_config and alignment_config and unet_config.block_out_channels[0] != alignment_config.unet_channels:
-        raise WeightsError(
-            f"{path.name}: the U-Net begins with {unet_config.block_out_channels[0]} channels, but the alignment is "
-            f"made for {alignment_config.unet_channels}. The parts belong to different models. {REDOWNLOAD}"
-        )
-    return FaithDiffWeights(
-        path=path,
-        unet=parts["unet"] or None,
-        lq_encoder=parts["lq_encoder"] or None,
-        alignment=parts["alignment"] or None,
-        unet_config=unet_config,
-        lq_encoder_config=encoder_config,
-        alignment_config=alignment_config,
-        metadata=metadata,
+    states = _split(path, tensors)
+    unet = _part(path, "U-Net", states["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
+    encoder = _part(path, "LQ encoder", states["lq_encoder"], LQEncoderConfig.from_shapes, LQEncoderConfig.shapes)
+    alignment = _part(
+        path, "alignment", states["alignment"], AlignmentConfig.from_shapes, AlignmentConfig.published_shapes
     )
+    if encoder and alignment and encoder.config.feature_channels != alignment.config.feature_channels:
+        raise WeightsError(
+            f"{path.name}: the LQ encoder gives {encoder.config.feature_channels} channels, but the alignment takes "
+            f"{alignment.config.feature_channels}. The parts belong to different models. {REDOWNLOAD}"
+        )
+    if unet and alignment and unet.config.block_out_channels[0] != alignment.config.unet_channels:
+        raise WeightsError(
+            f"{path.name}: the U-Net begins with {unet.config.block_out_channels[0]} channels, but the alignment is "
+            f"made for {alignment.config.unet_channels}. The parts belong to different models. {REDOWNLOAD}"
+        )
+    return FaithDiffWeights(path, unet, encoder, alignment, metadata)
 
 
 def part_of(key: str) -> tuple[str, str] | None:
@@ -276,22 +261,34 @@ def _foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def _checked_config(path: Path, name: str, part: Mapping[str, Tensor], read: Any, expected: Any) -> Any:
-    """Read a part's sizes and compare all of its tensors with what these sizes call for."""
-    shapes: dict[str, Shape] = {key: tuple(value.shape) for key, value in part.items()}
+def _part(
+    path: Path,
+    name: str,
+    state: dict[str, Tensor],
+    read: Callable[[Mapping[str, Shape]], Config],
+    expected: Callable[[Config], dict[str, Shape]],
+) -> Part[Config] | None:
+    """Read a part's sizes, and compare all of its tensors with what these sizes call for; None for no tensors."""
+    if not state:
+        return None
+    _check_dtypes(path, name, state)
+    shapes: dict[str, Shape] = {key: tuple(value.shape) for key, value in state.items()}
     try:
         config = read(shapes)
-        wanted: dict[str, Shape] = expected(config)
-    except (KeyError, IndexError, ValueError) as error:
+        wanted = expected(config)
+    except (KeyError, IndexError) as error:
         missing = f"a tensor such as {error.args[0]}" if isinstance(error, KeyError) else "a tensor of the usual rank"
         raise WeightsError(
-            f"{path.name}: the {name} is incomplete; it lacks {missing}. The file is damaged or was cut. {REDOWNLOAD}"
+            f"{path.name}: the {name} is incomplete; it lacks {missing}. The file is corrupted or truncated. "
+            f"{REDOWNLOAD}"
         ) from error
+    except SettingsError as error:
+        raise WeightsError(f"{path.name}: the {name} {error}. {REDOWNLOAD}") from error
     missing_keys = sorted(wanted.keys() - shapes.keys())
     if missing_keys:
         raise WeightsError(
             f"{path.name}: the {name} lacks {len(missing_keys)} of {len(wanted)} tensors, such as "
-            f"{listing(missing_keys[:3])}. The file is damaged or was cut. {REDOWNLOAD}"
+            f"{listing(missing_keys[:3])}. The file is corrupted or truncated. {REDOWNLOAD}"
         )
     wrong = [key for key in wanted if shapes[key] != wanted[key]]
     if wrong:
@@ -306,8 +303,17 @@ def _checked_config(path: Path, name: str, part: Mapping[str, Tensor], read: Any
             f"{path.name}: the {name} has {len(unknown)} tensor(s) too many, such as {listing(unknown[:3])}. "
             f"{REDOWNLOAD}"
         )
-    return config
+    return Part(state, config)
 
 
-def _encoder_shapes(config: LQEncoderConfig) -> dict[str, Shape]:
-    return {k: tuple(v.shape) for k, v in LQEncoder(config, device="meta").state_dict().items()}
+def _check_dtypes(path: Path, name: str, state: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no weights: integers, complex numbers, sparse and quantised ones."""
+    for key, value in state.items():
+        if value.dtype not in READABLE_DTYPES or value.layout != torch.strided or value.is_meta:
+            layout = "a name without values" if value.is_meta else str(value.layout).removeprefix("torch.")
+            kind = dtype_name(value.dtype) if layout == "strided" else f"{layout} ({dtype_name(value.dtype)})"
+            raise WeightsError(
+                f"{path.name}: {key} of the {name} is stored as {kind}, which is not "
+                f"supported. Expected {listing([dtype_name(dtype) for dtype in READABLE_DTYPES])}; quantised files "
+                f"of other programs cannot be read. {REDOWNLOAD}"
+            )

@@ -8,7 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Shape = tuple[int, ...]
+from ..models.shapes import Shape, block_count, check_channels
+
+MAX_LEVELS = 8
+"""Most levels, and most residual blocks of a level, that a file can have."""
+
+MAX_DEPTH = 40
+"""Most transformer blocks of an attention; SDXL has up to 10."""
 
 SDXL_CHANNELS = (320, 640, 1280)
 SDXL_CROSS_ATTENTION = 2048
@@ -38,6 +44,15 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
 
+    def __post_init__(self) -> None:
+        check_channels(
+            block_out_channels=self.block_out_channels,
+            cross_attention_dim=self.cross_attention_dim,
+            add_embedding_dim=self.add_embedding_dim,
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+        )
+
     @property
     def is_sdxl(self) -> bool:
         """Whether these are the sizes of SDXL's own U-Net."""
@@ -53,27 +68,22 @@ class UNetConfig:
 
         Raises:
             KeyError: a tensor that the sizes hang on is missing.
+            SettingsError: there is no U-Net of these sizes.
         """
-
-        def count(prefix: str) -> int:
-            position = prefix.count(".")
-            return max((int(k.split(".")[position]) for k in shapes if k.startswith(prefix)), default=-1) + 1
-
-        levels = count("down_blocks.")
+        levels = block_count(shapes, "down_blocks.", MAX_LEVELS)
         if not levels:
             raise KeyError("down_blocks.0.resnets.0.conv1.weight")
-        depths = tuple(count(f"down_blocks.{i}.attentions.0.transformer_blocks.") for i in range(levels))
-        context = next(
-            (s for k, s in shapes.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")),
-            None,
-        )
+        context = next((s for k, s in shapes.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
         if context is None:
             raise KeyError("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
         return cls(
             block_out_channels=tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
-            layers_per_block=count("down_blocks.0.resnets."),
-            transformer_depths=depths,
-            mid_depth=count("mid_block.attentions.0.transformer_blocks."),
+            layers_per_block=block_count(shapes, "down_blocks.0.resnets.", MAX_LEVELS),
+            transformer_depths=tuple(
+                block_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.", MAX_DEPTH)
+                for i in range(levels)
+            ),
+            mid_depth=block_count(shapes, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH),
             cross_attention_dim=context[1],
             add_embedding_dim=shapes["add_embedding.linear_1.weight"][1],
             in_channels=shapes["conv_in.weight"][1],

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...faithdiff_core.captions.captioner import Captioner, load_captioner
+from ...faithdiff_core.dtypes import COMPUTE_DTYPES
 from .step_progress import show_text
 
 FOLDER = "LLM"
@@ -21,9 +22,7 @@ FOLDER = "LLM"
 
 CAPTION_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
+    **{name: COMPUTE_DTYPES[name] for name in ("fp16", "bf16", "fp32")},
 }
 """What a captioner's weights can be kept in."""
 

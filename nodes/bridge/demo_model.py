@@ -78,9 +78,9 @@ def load_unet(folder: str, disable_dynamic: bool = False) -> ModelPatcher:
         WeightsError: there is no U-Net in FaithDiff's file, or its attention heads differ in width.
     """
     weights = read_faithdiff(Path(folder) / FAITHDIFF_FILE)
-    if weights.unet is None or weights.unet_config is None:
+    if weights.unet is None:
         raise WeightsError(f"{weights.path.name} of the demo model holds no U-Net. Make it anew: demo/make_model.py.")
-    config = unet_config(weights.unet_config, _read_json(Path(folder) / "unet" / "config.json")["attention_head_dim"])
+    config = unet_config(weights.unet.config, _read_json(Path(folder) / "unet" / "config.json")["attention_head_dim"])
     supported = comfy.supported_models.SDXL(dict(config))
     supported.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
@@ -89,7 +89,7 @@ def load_unet(folder: str, disable_dynamic: bool = False) -> ModelPatcher:
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
     names = comfy.utils.unet_to_diffusers(config)
-    state = {names[key]: value.float() for key, value in weights.unet.items()}
+    state = {names[key]: value.float() for key, value in weights.unet.state.items()}
     model.diffusion_model.load_state_dict(state, assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_unet, (folder,))
     return patcher

@@ -14,10 +14,11 @@ import comfy.utils
 import torch
 from torch import nn
 
+from ...faithdiff_core.dtypes import DTYPES
 from ...faithdiff_core.errors import WeightsError
-from ...faithdiff_core.models.alignment import Alignment
-from ...faithdiff_core.models.lq_encoder import LQEncoder
-from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, read_faithdiff
+from ...faithdiff_core.models.alignment import AlignmentConfig
+from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
+from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
 from .graph_types import AdapterModels
 from .tiled_prediction import add_sampling_wrappers
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp8_e4m3fn": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
+    **{name: DTYPES[name] for name in ("fp16", "bf16", "fp32", "fp8_e4m3fn", "fp8_e5m2")},
 }
 """What the U-Net's weights can be kept in."""
 
@@ -52,6 +49,13 @@ def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Mo
         WeightsError: the U-Net is not one that the host knows.
     """
     weights = read_faithdiff(path)
+    if weights.unet is None:
+        raise WeightsError(f"{weights.path.name} holds no U-Net.")
+    return _unet_model(weights.path, weights.unet, weight_dtype, disable_dynamic)
+
+
+def _unet_model(path: Path, unet: Part[UNetConfig], weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
+    """A MODEL of a U-Net that has been read."""
     model_options: dict[str, Any] = {}
     dtype = WEIGHT_DTYPES[weight_dtype]
     if dtype is not None:
@@ -59,14 +63,14 @@ def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Mo
         if dtype == torch.float8_e4m3fn:
             model_options["fp8_optimizations"] = True
     model = comfy.sd.load_diffusion_model_state_dict(
-        dict(weights.unet or {}), model_options=model_options, disable_dynamic=disable_dynamic
+        dict(unet.state), model_options=model_options, disable_dynamic=disable_dynamic
     )
     if model is None:
         raise WeightsError(
-            f"{weights.path.name}: ComfyUI does not know a U-Net of these sizes ({weights.unet_config}); the published "
+            f"{path.name}: ComfyUI does not know a U-Net of these sizes ({unet.config}); the published "
             f"file has SDXL's. Connect an SDXL MODEL to `model`, or use the published file."
         )
-    model.cached_patcher_init = (load_unet, (path, weight_dtype))
+    model.cached_patcher_init = (load_unet, (str(path), weight_dtype))
     return model
 
 
@@ -92,9 +96,9 @@ def load_faithdiff(
         )
     if base is not None:
         model = base.clone()
-        _check_base(model, weights)
+        _check_base(model, weights.path, weights.alignment.config)
         if weights.unet is not None and unet_strength > 0.0:
-            _blend_unet(model, weights, unet_strength)
+            _blend_unet(model, weights.path, weights.unet, unet_strength)
     elif weights.unet is None:
         raise WeightsError(
             f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "
@@ -102,7 +106,7 @@ def load_faithdiff(
             "SDXL checkpoint of your own. Or choose the full FaithDiff file."
         )
     else:
-        model = load_unet(path, weight_dtype)
+        model = _unet_model(weights.path, weights.unet, weight_dtype)
     return model, attach_alignment(model, weights, weight_dtype)
 
 
@@ -122,34 +126,32 @@ def attach_alignment(model: ModelPatcher, weights: FaithDiffWeights, weight_dtyp
 
 def _adapter(weights: FaithDiffWeights, weight_dtype: str, model: ModelPatcher) -> AdapterModels:
     """The LQ encoder and the alignment as patchers."""
-    assert weights.lq_encoder_config is not None
-    assert weights.alignment_config is not None
     dtype = WEIGHT_DTYPES[weight_dtype]
     if dtype is None or dtype.itemsize == 1:
         # 45 million parameters: eight bits would save little and cost precision where it matters most.
         dtype = model.model.get_dtype_inference()
-    offload = comfy.model_management.unet_offload_device()
-    encoder = LQEncoder(weights.lq_encoder_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
-    alignment = Alignment(weights.alignment_config, dtype=dtype, device=offload, operations=comfy.ops.manual_cast)
-    encoder_state = {key: value.to(dtype) for key, value in weights.lq_encoder_state().items()}
+    place = {
+        "device": comfy.model_management.unet_offload_device(),
+        "operations": comfy.ops.manual_cast,
+        # Whether ComfyUI wants a module's parameters to be the file's tensors, its kind of patcher tells.
+        "assign": _patcher(nn.Module()).is_dynamic(),
+    }
     return AdapterModels(
         name=weights.path.name,
-        lq_encoder=_patcher(encoder, encoder_state),
-        alignment=_patcher(alignment, weights.alignment_state(dtype)),
+        lq_encoder=_patcher(weights.build_lq_encoder(dtype, **place)),
+        alignment=_patcher(weights.build_alignment(dtype, **place)),
     )
 
 
-def _patcher(module: nn.Module, state: dict[str, torch.Tensor]) -> ModelPatcher:
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        module.eval().requires_grad_(False),
+def _patcher(module: nn.Module) -> ModelPatcher:
+    return comfy.model_patcher.CoreModelPatcher(
+        module,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    module.load_state_dict(state, assign=patcher.is_dynamic())
-    return patcher
 
 
-def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
+def _check_base(model: ModelPatcher, path: Path, alignment: AlignmentConfig) -> None:
     """Refuse a MODEL that the alignment was not made for."""
     kind = type(model.model).__name__
     if not isinstance(model.model, comfy.model_base.SDXL):
@@ -157,12 +159,11 @@ def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
             f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to use "
             "the U-Net of the FaithDiff file."
         )
-    assert weights.alignment_config is not None
     config = model.model.model_config.unet_config
-    if config["model_channels"] != weights.alignment_config.unet_channels:
+    if config["model_channels"] != alignment.unet_channels:
         raise WeightsError(
-            f"`model` begins with {config['model_channels']} channels, but the alignment of {weights.path.name} is "
-            f"made for {weights.alignment_config.unet_channels}. They belong to different models."
+            f"`model` begins with {config['model_channels']} channels, but the alignment of {path.name} is "
+            f"made for {alignment.unet_channels}. They belong to different models."
         )
     if config.get("in_channels", 4) != 4:
         raise WeightsError(
@@ -171,21 +172,20 @@ def _check_base(model: ModelPatcher, weights: FaithDiffWeights) -> None:
         )
 
 
-def _blend_unet(model: ModelPatcher, weights: FaithDiffWeights, strength: float) -> None:
+def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strength: float) -> None:
     """Move a MODEL's U-Net towards FaithDiff's: (1 - strength) * own + strength * FaithDiff's, as weight patches.
 
     Patches act in order, and each scales what is there before it adds. Ours therefore go in front: the checkpoint's
     weights are interpolated, and LoRAs act on the result in full, whether they were applied before or come later.
     """
-    assert weights.unet is not None
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     own = model.model.state_dict()
     patches: dict[str, tuple[torch.Tensor]] = {}
-    for name, weight in weights.unet.items():
+    for name, weight in unet.state.items():
         key = UNET_KEY_PREFIX + names[name] if name in names else None
         if key is None or key not in own or own[key].shape != weight.shape:
             raise WeightsError(
-                f"`model` has no U-Net weight like {name} of {weights.path.name} {tuple(weight.shape)}: it is no SDXL "
+                f"`model` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no SDXL "
                 f"model of the same build. Connect an ordinary SDXL checkpoint, or set unet_strength to 0."
             )
         patches[key] = (weight,)

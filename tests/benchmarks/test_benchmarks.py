@@ -16,7 +16,7 @@ from benchmarks import counts, models, registry, rows_core, rows_engine
 from benchmarks.measure import Spread, interleaved, peak_bytes
 from benchmarks.results import NOT_MEASURED, Report, Result, Target, missing, table, timed
 from benchmarks.settings import Settings
-from faithdiff_core.models.alignment import Alignment, AlignmentConfig, alignment_state, published_state
+from faithdiff_core.models.alignment import Alignment, AlignmentConfig, from_published, to_published
 from faithdiff_core.tiling.grid import TileGrid
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
@@ -94,7 +94,7 @@ def test_the_published_formulation_computes_what_ours_does() -> None:
     published = models.PublishedAlignment(TINY)
     published.load(unfolded)
     ours = Alignment(TINY)
-    ours.load_state_dict(alignment_state(published_state(unfolded), TINY, folded=True))
+    ours.load_state_dict(from_published(to_published(unfolded), TINY, folded=True))
     h, features = torch.randn(1, 32, 6, 5).repeat(2, 1, 1, 1), torch.randn(1, 64, 6, 5).repeat(2, 1, 1, 1)
     with torch.no_grad():
         expected = published(h, features)
@@ -111,7 +111,7 @@ def test_the_published_loop_computes_what_the_engine_does() -> None:
     models.randomize(unfolded)
     published = models.PublishedAlignment(TINY)
     published.load(unfolded)
-    pipeline.alignment.load_state_dict(alignment_state(published_state(unfolded), TINY, folded=True))
+    pipeline.alignment.load_state_dict(from_published(to_published(unfolded), TINY, folded=True))
     text = rows_engine.text_rows(chosen)
     noise, features = torch.randn(1, 4, 16, 12), torch.randn(1, 64, 16, 12)
     assert len(TileGrid(16, 12, 64)) == 6

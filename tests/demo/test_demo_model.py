@@ -150,10 +150,9 @@ def test_the_files_are_small_and_complete() -> None:
     weights = read_faithdiff(MODEL / "faithdiff.safetensors")
     assert weights.kind == "full"
     assert weights.unet is not None
-    assert {v.dtype for part in weights.parts.values() for v in part.values()} == {torch.float16}
+    assert {v.dtype for part in weights.parts.values() for v in part.state.values()} == {torch.float16}
     # Sizes that a ComfyUI model takes: channels of 32, and of 64 where there are transformers.
-    config = weights.unet_config
-    assert config is not None
+    config = weights.unet.config
     for channels, depth in zip(config.block_out_channels, config.transformer_depths, strict=True):
         assert channels % (64 if depth else 32) == 0
     log = json.loads((MODEL / "training_log.json").read_text())

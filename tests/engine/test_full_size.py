@@ -124,7 +124,7 @@ def test_unet_call_at_256(converted: tuple[Path, Path]) -> None:
     unet.load_state_dict(load_file(converted[0]), strict=True, assign=True)
     unet.eval().requires_grad_(False)
     adapter = read_faithdiff(converted[1])
-    assert adapter.alignment_config == ALIGNMENT
+    assert adapter.parts["alignment"].config == ALIGNMENT
     encoder, alignment = adapter.build_lq_encoder(torch.float32), adapter.build_alignment()
     start = time.perf_counter()
     with torch.no_grad():

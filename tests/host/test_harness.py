@@ -197,7 +197,7 @@ def test_a_reduced_adapter_has_the_published_shape(tmp_path: Path) -> None:
     reduced.write_reduced_adapter(path)
     read = read_faithdiff(path)
     assert read.kind == "adapter"
-    assert read.lq_encoder_config is not None
-    assert read.lq_encoder_config.block_out_channels == (128, 256, 512, 512)
-    assert read.alignment_config is not None
-    assert (read.alignment_config.feature_channels, read.alignment_config.unet_channels) == (512, 320)
+    assert read.lq_encoder is not None
+    assert read.lq_encoder.config.block_out_channels == (128, 256, 512, 512)
+    assert read.alignment is not None
+    assert (read.alignment.config.feature_channels, read.alignment.config.unet_channels) == (512, 320)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faithdiff_core import Alignment, AlignmentConfig, LQEncoder, LQEncoderConfig, SettingsError
-from faithdiff_core.models.alignment import alignment_state, published_state
+from faithdiff_core.models.alignment import from_published, to_published
 from faithdiff_core.models.condition_cache import ConditionCache
 
 SMALL = AlignmentConfig(feature_channels=64, condition_channels=32, unet_channels=32, mlp_channels=96, layers=2)
@@ -26,7 +26,7 @@ def random_published(config: AlignmentConfig, seed: int = 0) -> dict[str, Tensor
 
 def build(config: AlignmentConfig, published: dict[str, Tensor], folded: bool) -> Alignment:
     module = Alignment(config, folded=folded)
-    module.load_state_dict(alignment_state(published, config, folded=folded))
+    module.load_state_dict(from_published(published, config, folded=folded))
     return module.eval()
 
 
@@ -109,7 +109,7 @@ def test_alignment_names_what_does_not_fit() -> None:
 def test_published_state_round_trip() -> None:
     published = random_published(SMALL)
     module = build(SMALL, published, False)
-    written = published_state(module)
+    written = to_published(module)
     assert {k: tuple(v.shape) for k, v in written.items()} == SMALL.published_shapes()
     again = build(SMALL, written, False)
     assert all(torch.equal(again.state_dict()[k], v) for k, v in module.state_dict().items())
@@ -121,7 +121,7 @@ def test_published_state_round_trip() -> None:
         else:
             assert torch.equal(value, published[key])
     with pytest.raises(SettingsError, match="folded=False"):
-        published_state(build(SMALL, published, True))
+        to_published(build(SMALL, published, True))
 
 
 def diffusers_features(vae: Any, pixels: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def vae_and_encoder(channels: tuple[int, ...], layers: int) -> tuple[Any, LQEnco
         for key, value in vae.state_dict().items()
         if key.startswith("encoder.") and "conv_norm_out" not in key and "conv_out" not in key
     }
-    encoder = LQEncoder(LQEncoderConfig.from_state_dict(state))
+    encoder = LQEncoder(LQEncoderConfig.from_shapes({key: tuple(value.shape) for key, value in state.items()}))
     encoder.load_state_dict(state)
     return vae, encoder.eval()
 

@@ -288,11 +288,11 @@ def test_lora_trains_in_the_unets_place_and_is_merged(make: Make) -> None:
     after = read_faithdiff(outcome.files[0])
     assert after.kind == "full"
     assert after.unet is not None
-    changed = {k for k in before if not torch.equal(before[k], after.unet[k])}
+    changed = {k for k in before if not torch.equal(before[k], after.unet.state[k])}
     assert changed
     assert all(k.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for k in changed)
     some = next(k for k in changed if k.endswith("attn1.to_q.weight"))
-    assert torch.linalg.matrix_rank(after.unet[some] - before[some], rtol=1e-4) <= 4
+    assert torch.linalg.matrix_rank(after.unet.state[some] - before[some], rtol=1e-4) <= 4
 
 
 def test_reading_back_what_was_written_gives_the_same_prediction(make: Make) -> None:

@@ -273,7 +273,7 @@ class TestPickles:
         torch.save(wrap(state), path, _use_new_zipfile_serialization=zipped)
         weights = read_faithdiff(path)
         assert weights.kind == "full"
-        assert sum(len(part) for part in weights.parts.values()) == len(state)
+        assert sum(len(part.state) for part in weights.parts.values()) == len(state)
 
     @pytest.mark.parametrize("name", ["FaithDiff.ckpt", "FaithDiff.pth", "FaithDiff"])
     def test_the_name_does_not_matter(self, tmp_path: Path, state: State, name: str) -> None:
