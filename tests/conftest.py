@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-GOLDEN = Path(__file__).resolve().parent / "golden"
-
-
-@dataclass(frozen=True)
-class Golden:
-    """The published code's inputs, intermediate tensors and results, made with a tiny model.
-
-    Attributes:
-        manifest: how the cases were made, and the models' configurations.
-        tensors: by name, as in `expected.safetensors`.
-        folder: where the files are.
-    """
-
-    manifest: dict[str, Any]
-    tensors: dict[str, Tensor]
-    folder: Path
-
-    @property
-    def model(self) -> Path:
-        """The tiny FaithDiff file, with the published file's names."""
-        return self.folder / "faithdiff_tiny.safetensors"
-
-    @property
-    def vae(self) -> Path:
-        """The tiny VAE, with diffusers' names."""
-        return self.folder / "vae_tiny.safetensors"
+from support.golden import Golden, read_golden
 
 
 @pytest.fixture(scope="session")
 def golden() -> Golden:
     """The golden data; see `Golden`."""
-    from safetensors.torch import load_file
-
-    manifest = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
-    return Golden(manifest, load_file(GOLDEN / "expected.safetensors"), GOLDEN)
+    return read_golden()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,1 +1,1 @@
-"""Decoding large latents in tiles that share their statistics."""
+"""Decoding large latents in tiles that share their normalization statistics."""

@@ -21,6 +21,7 @@ from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, rea
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
 from .graph_types import AdapterModels
+from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
 if TYPE_CHECKING:
@@ -213,15 +214,9 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
     height, width = (min(side, tile_size) for side in pixels.shape[1:3])
     comfy.model_management.load_models_gpu([patcher], memory_required=_encode_memory(height, width, dtype))
     images = pixels[..., :3].movedim(-1, 1) * 2.0 - 1.0
-    bar: comfy.utils.ProgressBar | None = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    features = patcher.model.encode(images, tile_size, overlap, progress, device=patcher.load_device, dtype=dtype)
+    features = patcher.model.encode(
+        images, tile_size, overlap, work_progress(), device=patcher.load_device, dtype=dtype
+    )
     return features.to(comfy.model_management.intermediate_device())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
@@ -63,6 +64,19 @@ def show_tiles(progress: TileProgress | None, first: int, last: int, total: int)
         tiles = f"tile {first}" if first == last else f"tiles {first} to {last}"
         text = f"{progress.step_text if progress else ''}{tiles} of {total}"
         show_text(text[0].upper() + text[1:])
+
+
+def work_progress() -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the running node's bar and raises where the run was cancelled."""
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return progress
 
 
 def show_text(text: str) -> None:
