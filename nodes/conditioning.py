@@ -11,6 +11,7 @@ from ..faithdiff_core.captions.trim import SENTENCES, SKIP_WORDS, trim_caption
 from ..faithdiff_core.errors import SettingsError
 from .bridge.graph_types import CONDITION_KEY, LQCondition, LQFeatures, LQFeaturesType
 from .errors import named_errors
+from .inputs import setting_input
 
 Conditioning = list[list[Any]]
 
@@ -40,13 +41,9 @@ class FaithDiffConditioning(io.ComfyNode):
                     "zeros).",
                 ),
                 LQFeaturesType.Input("lq_features", tooltip="From FaithDiff LQ Encode."),
-                io.Float.Input(
+                setting_input(
                     "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How strongly the image acts. 1 as published, 0 off; lower gives the model more freedom.",
+                    "How strongly the image acts. 1 as published, 0 off; lower gives the model more freedom.",
                 ),
                 io.Float.Input(
                     "start_percent",

@@ -1,23 +1,50 @@
-"""Inputs that several nodes have, and their checks."""
+"""Inputs made from the core's one description of the settings, and their checks."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
-from ..faithdiff_core.tiling.grid import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
+from ..faithdiff_core.engine.description import default_of, described
+from ..faithdiff_core.engine.settings import LARGEST_HOST_TILE, RestoreSettings
+from ..faithdiff_core.tiling.grid import check_overlap, check_tile_size
 from .errors import complaint
 
-LARGEST_TILE = 16384
+_STEPS: dict[str, dict[str, float]] = {
+    "scale": {"step": 0.05},
+    "cfg": {"step": 0.1, "round": 0.01},
+    "strength": {"step": 0.01},
+    "px": {"step": 8},
+    "overlap": {"step": 0.05, "round": 0.001},
+    "encoder_overlap": {"step": 0.05, "round": 0.001},
+}
+"""Steps of the inputs' arrows and the places they are rounded to, by setting or unit."""
 
 
-def tile_size_input(tooltip: str, default: int = 1024) -> io.Int.Input:
-    """A tile side in pixels."""
-    return io.Int.Input("tile_size", default=default, min=MIN_TILE, max=LARGEST_TILE, step=8, tooltip=tooltip)
+def setting_input(setting: str, tooltip: str, name: str | None = None, **more: Any) -> Any:
+    """An input with the type, range and default of a setting of `RestoreSettings`.
 
-
-def overlap_input(tooltip: str, default: float) -> io.Float.Input:
-    """A real overlap as a fraction of the tile."""
-    return io.Float.Input("overlap", default=default, min=0.0, max=MAX_OVERLAP, step=0.05, round=0.001, tooltip=tooltip)
+    Args:
+        setting: its name there.
+        tooltip: what the input does.
+        name: the input's id. Defaults to the setting's name.
+        **more: further arguments of the input (`optional`, `advanced`).
+    """
+    what, default = described(RestoreSettings)[setting], default_of(RestoreSettings, setting)
+    name = name or setting
+    if what.choices:
+        return io.Combo.Input(name, options=what.choices, default=default, tooltip=tooltip, **more)
+    minimum, maximum = what.host_range or (what.minimum, what.maximum)
+    limits = {
+        "default": default if what.host_default is None else what.host_default,
+        "min": minimum,
+        "max": maximum,
+        **_STEPS.get(what.unit, {}),
+        **_STEPS.get(setting, {}),
+    }
+    kind = io.Int if what.kind is int else io.Float
+    return kind.Input(name, tooltip=tooltip, **limits, **more)
 
 
 def check_tiles(tile_size: int | None, overlap: float | None) -> bool | str:
@@ -27,8 +54,8 @@ def check_tiles(tile_size: int | None, overlap: float | None) -> bool | str:
     """
     if tile_size is not None and (message := complaint(check_tile_size, tile_size)):
         return message
-    if tile_size is not None and tile_size > LARGEST_TILE:
-        return f"tile_size must be at most {LARGEST_TILE} pixels, got {tile_size}."
+    if tile_size is not None and tile_size > LARGEST_HOST_TILE:
+        return f"tile_size must be at most {LARGEST_HOST_TILE} pixels, got {tile_size}."
     if overlap is not None and (message := complaint(check_overlap, overlap)):
         return message
     return True

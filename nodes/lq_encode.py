@@ -10,7 +10,7 @@ from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR, check_tile_size
 from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeatures, LQFeaturesType
 from .bridge.model_loading import encode_lq
 from .errors import named_errors
-from .inputs import check_tiles, overlap_input, tile_size_input
+from .inputs import check_tiles, setting_input
 
 
 class FaithDiffLQEncode(io.ComfyNode):
@@ -32,12 +32,16 @@ class FaithDiffLQEncode(io.ComfyNode):
                     tooltip="The enlarged low-quality image, sides multiples of 8 pixels: what FaithDiff Prepare "
                     "Image gives. An alpha channel is left out.",
                 ),
-                tile_size_input(
+                setting_input(
+                    "encoder_tile",
                     "Pixels. Larger images are encoded in tiles of this side. Smaller tiles need less memory "
-                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the image at a time."
+                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the image at a time.",
+                    "tile_size",
                 ),
-                overlap_input(
-                    "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.", 0.25
+                setting_input(
+                    "encoder_overlap",
+                    "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.",
+                    "overlap",
                 ),
             ],
             outputs=[

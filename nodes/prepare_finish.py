@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..faithdiff_core.errors import ImageError
-from ..faithdiff_core.images.color import ColorFix, fix_colors
+from ..faithdiff_core.images.color import fix_colors
 from ..faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
 from .bridge.graph_types import LQFrame, LQFrameType
 from .errors import named_errors
+from .inputs import setting_input
 
 
 class FaithDiffPrepareImage(io.ComfyNode):
@@ -27,14 +28,11 @@ class FaithDiffPrepareImage(io.ComfyNode):
             search_aliases=["faithdiff resize", "upscale image", "pad image"],
             inputs=[
                 io.Image.Input("image", tooltip="The low-quality images. An alpha channel is kept in the frame."),
-                io.Float.Input(
+                setting_input(
+                    "scale",
+                    "Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, faces "
+                    "above all. 1 restores without enlarging.",
                     "scale_by",
-                    default=2.0,
-                    min=0.05,
-                    max=16.0,
-                    step=0.05,
-                    tooltip="Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, "
-                    "faces above all. 1 restores without enlarging.",
                 ),
                 io.Int.Input(
                     "longest_side",
@@ -102,12 +100,10 @@ class FaithDiffFinishImage(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The decoded image."),
                 LQFrameType.Input("frame", tooltip="From FaithDiff Prepare Image."),
-                io.Combo.Input(
+                setting_input(
                     "color_fix",
-                    options=[fix.value for fix in ColorFix],
-                    default=ColorFix.ADAIN.value,
-                    tooltip="adain: mean and contrast of each channel (published). wavelet: colours place by place; "
-                    "follows stains of the original, too. none: as the model made them.",
+                    "adain: mean and contrast of each channel (published). wavelet: colours place by place; follows "
+                    "stains of the original, too. none: as the model made them.",
                 ),
             ],
             outputs=[

@@ -14,15 +14,15 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..faithdiff_core.errors import NotFiniteError, SettingsError
-from ..faithdiff_core.sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, sampling_sigmas, start_latent
-from ..faithdiff_core.tiling.grid import TILE_OVERLAP, VAE_SCALE_FACTOR
+from ..faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
+from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR
 from .bridge.alignment_patch import find_patch
 from .bridge.graph_types import LQCondition, LQFeatures, LQFeaturesType
 from .bridge.step_progress import PROGRESS_KEY, TileProgress
 from .bridge.tiled_prediction import Tiling, set_tiling
 from .conditioning import Conditioning, with_lq
 from .errors import named_errors
-from .inputs import check_tiles, overlap_input, tile_size_input
+from .inputs import check_tiles, setting_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -38,17 +38,18 @@ OVERLAP_TOOLTIP = (
 )
 
 
-def tile_batch_input() -> io.Int.Input:
-    """Tiles in one U-Net call."""
-    return io.Int.Input(
-        "tile_batch",
-        default=0,
-        min=0,
-        max=64,
-        tooltip="Tiles that go through the U-Net at once; 0 for as many as fit (up to 8). The result does not depend "
-        "on it.",
-        advanced=True,
-    )
+TILE_BATCH_TOOLTIP = (
+    "Tiles that go through the U-Net at once; 0 for as many as fit (up to 8). The result does not depend on it."
+)
+
+
+def tile_inputs() -> list[io.Input]:
+    """The inputs about tiles that both nodes have."""
+    return [
+        setting_input("tile", TILE_TOOLTIP, "tile_size"),
+        setting_input("overlap", OVERLAP_TOOLTIP),
+        setting_input("tile_batch", TILE_BATCH_TOOLTIP, advanced=True),
+    ]
 
 
 def tiled(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
@@ -73,9 +74,7 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
             search_aliases=["faithdiff tiles", "tiled diffusion", "multidiffusion", "large image"],
             inputs=[
                 io.Model.Input("model", tooltip="From FaithDiff Model Loader, or any SDXL MODEL."),
-                tile_size_input(TILE_TOOLTIP),
-                overlap_input(OVERLAP_TOOLTIP, TILE_OVERLAP),
-                tile_batch_input(),
+                *tile_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model")],
         )
@@ -115,22 +114,10 @@ class FaithDiffSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Of the noise.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=DEFAULT_STEPS,
-                    min=1,
-                    max=1000,
-                    tooltip="Published: 20. More adds little; 4 to 8 with a few-step LoRA.",
-                ),
-                io.Float.Input(
+                setting_input("steps", "Published: 20. More adds little; 4 to 8 with a few-step LoRA."),
+                setting_input(
                     "cfg",
-                    default=DEFAULT_CFG,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
-                    tooltip="Published: 5. Higher is crisper and less faithful; 1 halves the time (for few-step "
-                    "LoRAs).",
+                    "Published: 5. Higher is crisper and less faithful; 1 halves the time (for few-step LoRAs).",
                 ),
                 io.Combo.Input(
                     "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="Published: euler."
@@ -141,12 +128,11 @@ class FaithDiffSampler(io.ComfyNode):
                     default=PUBLISHED_SCHEDULE,
                     tooltip="`faithdiff` is the published schedule (leading spacing); the others are ComfyUI's.",
                 ),
-                io.Combo.Input(
+                setting_input(
+                    "start",
+                    "`lr`: noise with a trace of the low-quality image (published; needs latent_image). `noise`: noise "
+                    "alone.",
                     "start_point",
-                    options=[point.value for point in StartPoint],
-                    default=StartPoint.LR.value,
-                    tooltip="`lr`: noise with a trace of the low-quality image (published; needs latent_image). "
-                    "`noise`: noise alone.",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -157,9 +143,7 @@ class FaithDiffSampler(io.ComfyNode):
                     tooltip="Below 1: starts later, from the latent with that much less noise, and changes the image "
                     "less (needs latent_image; start_point has no effect then).",
                 ),
-                tile_size_input(TILE_TOOLTIP),
-                overlap_input(OVERLAP_TOOLTIP, TILE_OVERLAP),
-                tile_batch_input(),
+                *tile_inputs(),
                 io.Latent.Input(
                     "latent_image",
                     optional=True,
@@ -167,15 +151,8 @@ class FaithDiffSampler(io.ComfyNode):
                     "changes.",
                 ),
                 io.Noise.Input("noise", optional=True, tooltip="Used instead of the seed's noise."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    optional=True,
-                    advanced=True,
-                    tooltip="How strongly the image acts. 1 as published, 0 off.",
+                setting_input(
+                    "strength", "How strongly the image acts. 1 as published, 0 off.", optional=True, advanced=True
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .bridge.vae_tiles import decode_in_tiles
 from .errors import named_errors
-from .inputs import check_tiles, overlap_input, tile_size_input
+from .inputs import check_tiles, setting_input
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -31,11 +31,13 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
                 io.Vae.Input(
                     "vae", tooltip="SDXL's VAE. In fp16 use the fp16-fix VAE; others give black images there."
                 ),
-                tile_size_input(
+                setting_input(
+                    "vae_tile",
                     "Pixels. Images no larger are decoded in one piece. Smaller tiles need less memory (ComfyUI "
-                    "reserves 4.3 GB at 1024 and 1.1 GB at 512 in half precision) and take a little longer."
+                    "reserves 4.3 GB at 1024 and 1.1 GB at 512 in half precision) and take a little longer.",
+                    "tile_size",
                 ),
-                overlap_input("Part of a tile that it shares with its neighbour.", 0.25),
+                setting_input("encoder_overlap", "Part of a tile that it shares with its neighbour.", "overlap"),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )

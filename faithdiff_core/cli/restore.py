@@ -7,20 +7,19 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..captions.trim import trim_caption
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
+from ..engine.description import add_option, described, option
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
-from ..images.color import ColorFix
-from ..images.geometry import resize_lanczos, target_size
+from ..images.geometry import check_positive, resize_lanczos, target_size
 from ..images.reading import load_image
 from ..images.writing import WRITE_SUFFIXES, check_output, save_image
-from ..sampling.schedule import StartPoint
 from .jobs import Job, Progress, Report, attempt, caption_beside, find_jobs, possible
 
 if TYPE_CHECKING:
@@ -80,9 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep what is not at work in main memory: whole models, or layer by layer (none)",
     )
 
-    default = RestoreSettings()
     size = parser.add_argument_group("size").add_mutually_exclusive_group()
-    size.add_argument("--scale", type=float, metavar="X", help=f"factor on both sides ({default.scale:g})")
+    add_option(size, RestoreSettings, "scale", default=None)
     size.add_argument("--longest-side", type=int, metavar="PX", help="pixels of the longer side")
     size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
 
@@ -101,51 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     method = parser.add_argument_group("method")
-    method.add_argument("--steps", type=int, default=default.steps, metavar="N", help=f"1 to 1000 ({default.steps})")
-    method.add_argument(
-        "--cfg", type=float, default=default.cfg, metavar="X", help=f"guidance, 1 is off ({default.cfg:g})"
-    )
-    method.add_argument(
-        "--strength", type=float, default=1.0, metavar="X", help="how strongly the image acts, 0 is off (1)"
-    )
-    method.add_argument("--start", choices=[start.value for start in StartPoint], default="lr", help="start point (lr)")
-    method.add_argument(
-        "--color-fix", choices=[fix.value for fix in ColorFix], default="adain", help="colours of the input (adain)"
-    )
-    method.add_argument("--passes", type=int, default=1, metavar="N", help="reach the size in N equal steps (1)")
+    tiles = parser.add_argument_group("tiles")
+    for name, what in described(RestoreSettings).items():
+        if what.group in ("method", "tiles"):
+            add_option(method if what.group == "method" else tiles, RestoreSettings, name)
     method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
     method.add_argument(
         "--scheduler",
         default="euler",
         metavar="NAME",
         help=f"{', '.join(SCHEDULERS)}, or the name of any scheduler class of diffusers (euler)",
-    )
-
-    tiles = parser.add_argument_group("tiles")
-    tiles.add_argument(
-        "--tile", type=int, default=default.tile, metavar="PX", help=f"side, a multiple of 8 ({default.tile})"
-    )
-    tiles.add_argument(
-        "--overlap",
-        type=float,
-        default=default.overlap,
-        metavar="X",
-        help=f"part of a tile, 0 to 0.9 ({default.overlap})",
-    )
-    tiles.add_argument("--tile-batch", type=int, default=1, metavar="N", help="tiles in one U-Net call (1)")
-    tiles.add_argument(
-        "--encoder-tile",
-        type=int,
-        default=default.encoder_tile,
-        metavar="PX",
-        help=f"side of the LQ encoder's tiles ({default.encoder_tile})",
-    )
-    tiles.add_argument(
-        "--vae-tile",
-        type=int,
-        default=default.vae_tile,
-        metavar="PX",
-        help=f"side of the VAE's tiles ({default.vae_tile})",
     )
 
 
@@ -191,9 +154,13 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
         raise SettingsError(f"--seed must be 0 or more, got {args.seed}.")
     if args.trim_captions and not args.captions:
         raise SettingsError("--trim-captions needs --captions: prompts that are typed are never trimmed.")
-    target_size(64, 64, **_size_arguments(args))
-    names = {item.name for item in fields(RestoreSettings)} - {"size", "scale"}
-    return RestoreSettings(**{name: value for name, value in vars(args).items() if name in names})
+    for name in ("scale", "longest_side", "megapixels"):
+        if (value := getattr(args, name)) is not None:
+            check_positive(value, what=option(name))
+    values = {name: getattr(args, name) for name in RestoreSettings().method()}
+    for name, value in values.items():
+        described(RestoreSettings)[name].check(value, what=option(name))
+    return RestoreSettings(**values)
 
 
 def _load_pipeline(args: argparse.Namespace) -> FaithDiffPipeline:
@@ -232,7 +199,7 @@ def _restore(
         prompt = trim_caption(prompt)
     result = pipeline(
         image.colors.unsqueeze(0),
-        **vars(replace(settings, size=(height, width))),
+        settings.changed(size=(height, width)),
         prompt=prompt,
         negative_prompt=args.negative_prompt,
         seed=args.seed,
@@ -249,7 +216,6 @@ def _recipe(
 ) -> dict[str, Any]:
     """What it takes to make a result again, without folders: results travel."""
     files = {name: path.name for name in ("model", "faithdiff", "unet", "vae") if (path := getattr(args, name))}
-    method = {name: value for name, value in vars(settings).items() if name not in ("size", "scale")}
     return {
         "source": job.source.name,
         "width": width,
@@ -257,7 +223,7 @@ def _recipe(
         "prompt": prompt,
         "negative_prompt": args.negative_prompt,
         "seed": args.seed,
-        **method,
+        **settings.method(),
         "scheduler": args.scheduler,
         "dtype": args.dtype,
         **files,

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError, SettingsError, WeightsError
-from ..images.color import ColorFix, fix_colors
+from ..images.color import fix_colors
 from ..images.geometry import crop_to, pad_to_multiple, resize_lanczos
 from ..models.alignment import Alignment
 from ..models.condition_cache import ConditionCache
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
-from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
-from ..tiling.grid import TILE_OVERLAP, TILE_SIZE, VAE_SCALE_FACTOR, Tile, TileGrid
+from ..sampling.schedule import StartPoint
+from ..tiling.grid import VAE_SCALE_FACTOR, Tile, TileGrid
 from ..vae.decoder_stages import parts_from_diffusers
 from ..vae.tiled_decode import decode_tiled
 from ..weights.faithdiff_file import read_faithdiff
 from .alignment_hook import AlignmentHook
 from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
 from .schedulers import fresh_scheduler, initial_latent, make_scheduler
-from .settings import DEFAULT_SCALE, RestoreSettings, as_list, one_seed_each, one_text_each, same_size
+from .settings import RestoreSettings, as_list, one_seed_each, one_text_each, same_size
 from .text import TextConditioning
 
 CONDITION_BUDGET = 2**30
@@ -200,80 +200,54 @@ class FaithDiffPipeline:
     def __call__(
         self,
         images: Tensor | Sequence[Tensor],
+        settings: RestoreSettings | None = None,
         *,
-        size: tuple[int, int] | None = None,
-        scale: float = DEFAULT_SCALE,
         prompt: str | Sequence[str] = "",
         negative_prompt: str | Sequence[str] = "",
-        steps: int = DEFAULT_STEPS,
-        cfg: float = DEFAULT_CFG,
-        start: StartPoint | str = StartPoint.LR,
-        color_fix: ColorFix | str = ColorFix.ADAIN,
-        tile: int = TILE_SIZE,
-        overlap: float = TILE_OVERLAP,
-        tile_batch: int = 1,
-        encoder_tile: int | None = ENCODER_TILE,
-        encoder_overlap: float = ENCODER_OVERLAP,
-        vae_tile: int | None = TILE_SIZE,
-        strength: float = 1.0,
         seed: int | Sequence[int] | None = None,
-        passes: int = 1,
         progress: Progress | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         noise: Tensor | None = None,
+        **overrides: Any,
     ) -> Restored:
         """Restore images.
 
         Args:
             images: RGB in [0, 1], (B, 3, H, W), or a list of (3, H, W), whose sizes may differ; on any device.
-            size, scale, steps, cfg, start, color_fix, tile, overlap, tile_batch, encoder_tile, encoder_overlap,
-                vae_tile, strength, passes: see `RestoreSettings`.
+            settings: how to restore. Defaults to the published settings.
             prompt, negative_prompt: one text for all images or one for each. An empty text is encoded like any other.
-            seed: one for each image, or a number from which they count up; by chance unless told. An image's result
+            seed: one for each image, or a number from which they count up. Defaults to a random one. An image's result
                 depends on its own seed alone.
             progress: called as progress(stage, done, total) with the stages `encode`, `sample` and `decode` of each
                 batch of equal sizes and each pass; it may raise to cancel, which leaves nothing behind.
             prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: the text as
                 embeddings, one row or one for each image, instead of the two texts.
             noise: starting noise instead of the seeds', (B, 4, h, w) of the padded result; for a tensor and one pass.
+            **overrides: single settings by name (`scale=3`, `steps=30`), which replace those of `settings`.
 
         Returns:
             Restored images in [0, 1], float32, on the device of `images`: (B, 3, H', W'), or a list as it came.
 
         Raises:
             SettingsError: a setting out of range, or images, texts or seeds that do not go together.
+            TypeError: an override that is not a setting.
             NotFiniteError: VAE or U-Net overflow in half precision.
         """
-        settings = RestoreSettings(
-            size=size,
-            scale=scale,
-            steps=steps,
-            cfg=cfg,
-            start=start,
-            color_fix=color_fix,
-            tile=tile,
-            overlap=overlap,
-            tile_batch=tile_batch,
-            encoder_tile=encoder_tile,
-            encoder_overlap=encoder_overlap,
-            vae_tile=vae_tile,
-            strength=strength,
-            passes=passes,
-        )
+        settings = (settings or RestoreSettings()).changed(**overrides)
         inputs = as_list(images)
         count = len(inputs)
         seeds = one_seed_each(seed, count)
-        if noise is not None and (not isinstance(images, Tensor) or passes > 1):
+        if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("noise of one's own needs images of one size and a single pass.")
         try:
             if prompt_embeds is None and pooled_prompt_embeds is None:
                 text = self.encode_text(
                     one_text_each(prompt, count, "prompt"),
                     one_text_each(negative_prompt, count, "negative_prompt"),
-                    guided=cfg > 1,
+                    guided=settings.cfg > 1,
                 )
             elif prompt_embeds is None or pooled_prompt_embeds is None:
                 raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
@@ -319,19 +293,7 @@ class FaithDiffPipeline:
             features = self.encode_lq(padded, settings.encoder_tile, settings.encoder_overlap, progress)
         lq_latent = self.encode_latent(padded, settings.vae_tile) if settings.start == StartPoint.LR else None
         latent = self.sample(
-            features,
-            text,
-            noise,
-            lq_latent=lq_latent,
-            steps=settings.steps,
-            cfg=settings.cfg,
-            start=settings.start,
-            tile=settings.tile,
-            overlap=settings.overlap,
-            tile_batch=settings.tile_batch,
-            strength=settings.strength,
-            generators=generators,
-            progress=progress,
+            features, text, noise, settings, lq_latent=lq_latent, generators=generators, progress=progress
         )
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])
@@ -450,17 +412,12 @@ class FaithDiffPipeline:
         features: Tensor | None,
         text: TextConditioning,
         noise: Tensor,
+        settings: RestoreSettings | None = None,
         *,
         lq_latent: Tensor | None = None,
-        steps: int = DEFAULT_STEPS,
-        cfg: float = DEFAULT_CFG,
-        start: StartPoint | str = StartPoint.LR,
-        tile: int = TILE_SIZE,
-        overlap: float = TILE_OVERLAP,
-        tile_batch: int = 1,
-        strength: float = 1.0,
         generators: list[torch.Generator] | None = None,
         progress: Progress | None = None,
+        **overrides: Any,
     ) -> Tensor:
         """Run the sampling loop on latents of one size.
 
@@ -472,18 +429,22 @@ class FaithDiffPipeline:
             features: from `encode_lq`, (B, C, h, w), on any device; None only at strength 0.
             text: one row, or one for each image.
             noise: standard normal, (B, 4, h, w).
+            settings: how to sample. Defaults to the published settings.
             lq_latent: from `encode_latent`, for the start `lr`.
-            steps, cfg, start, tile, overlap, tile_batch, strength: see `RestoreSettings`.
             generators: one for each image, for schedulers that add noise on the way.
             progress: called after each U-Net call.
+            **overrides: single settings by name, which replace those of `settings`.
 
         Returns:
             (B, 4, h, w), float32, on the device that computes.
 
         Raises:
-            SettingsError: features, latents or text of other sizes.
+            SettingsError: a setting out of range, or features, latents or text of other sizes.
+            TypeError: an override that is not a setting.
             NotFiniteError: the U-Net overflows in half precision.
         """
+        settings = (settings or RestoreSettings()).changed(**overrides)
+        strength, cfg = settings.strength, settings.cfg
         batch, _, height, width = noise.shape
         if strength and (features is None or features.shape[0] != batch or features.shape[-2:] != noise.shape[-2:]):
             got = "none" if features is None else tuple(features.shape)
@@ -491,15 +452,15 @@ class FaithDiffPipeline:
         guided = cfg > 1
         dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
         text = text.rows(batch, guided, self.device, dtype)
-        grid = TileGrid(height, width, tile, overlap)
+        grid = TileGrid(height, width, settings.tile, settings.overlap)
         jobs = [(image, part) for part in grid.tiles for image in range(batch)]
-        groups = [jobs[i : i + tile_batch] for i in range(0, len(jobs), tile_batch)]
+        groups = [jobs[i : i + settings.tile_batch] for i in range(0, len(jobs), settings.tile_batch)]
         seeds = [generator.initial_seed() for generator in generators] if generators else None
         scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
-        scheduler.set_timesteps(steps, device=self.device)
+        scheduler.set_timesteps(settings.steps, device=self.device)
         x = initial_latent(
             scheduler,
-            start,
+            settings.start,
             noise.to(self.device, torch.float32),
             None if lq_latent is None else lq_latent.to(self.device, torch.float32),
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,77 +13,92 @@ from ..errors import SettingsError
 from ..images.color import ColorFix
 from ..images.geometry import target_size
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
-from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint, leading_timesteps
-from ..tiling.grid import TILE_OVERLAP, TILE_SIZE, check_overlap, check_tile_size
+from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, TRAIN_STEPS, StartPoint
+from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
+from .description import choice, described, factor, overlap_fraction, plain, real, tile_side, whole
 
 DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
 
 MAX_CFG = 20.0
-"""Largest guidance scale taken; results are long spoilt by then."""
+"""Largest guidance scale; results are long spoilt by then."""
+
+LARGEST_HOST_TILE = 16384
+"""Largest tile side that nodes offer, in pixels; their inputs need a limit, the engine does not."""
 
 
 @dataclass(frozen=True)
 class RestoreSettings:
     """How images are restored; the defaults are the published ones.
 
+    This is the one description of the settings: `FaithDiffPipeline` takes them by these names, and the options of the
+    command line, the inputs of the nodes and a result's metadata are made from it.
+
     Attributes:
-        size: (height, width) of the result in pixels; `scale` counts without it.
-        scale: factor on both sides.
+        size: (height, width) of the result in pixels. Defaults to None: `scale` decides.
+        scale: factor on both sides, above 0.
         steps: sampling steps, 1 to 1000.
-        cfg: guidance scale, 1 (no guidance, half the work) to 20.
+        cfg: guidance scale, 1 (no guidance, half the work) to 20. Nodes allow 0 to 100, as their host does everywhere.
         start: what sampling starts from, `lr` or `noise`.
         color_fix: `adain`, `wavelet` or `none`.
-        tile, overlap: side of the sampler's tiles in pixels, and the part of it that neighbours share, 0 to 0.9.
+        tile, overlap: side of the sampler's tiles in pixels, and the fraction of it that neighbours share, 0 to 0.9.
         tile_batch: tiles in one U-Net call, those of several images counted together. More is faster where
-            there is memory, and changes no result.
+            there is memory, and changes no result. In nodes, 0 stands for as many as fit.
         encoder_tile, encoder_overlap: the same for the LQ encoder's tiles; None encodes in one piece.
         vae_tile: tile side of the VAE in pixels; images no larger, and all with None, go through in one piece.
         strength: factor on what the LQ image adds to the U-Net; 0 is the U-Net alone.
-        passes: the enlargement is made in so many equal parts, each a restoration of its own (4x = 2x, then 2x).
+        passes: the enlargement is made in this many equal parts, each a whole restoration (4x = 2x, then 2x).
 
     Raises:
-        SettingsError: a value out of range.
+        SettingsError: a value is out of range.
     """
 
     size: tuple[int, int] | None = None
-    scale: float = DEFAULT_SCALE
-    steps: int = DEFAULT_STEPS
-    cfg: float = DEFAULT_CFG
-    start: StartPoint | str = StartPoint.LR
-    color_fix: ColorFix | str = ColorFix.ADAIN
-    tile: int = TILE_SIZE
-    overlap: float = TILE_OVERLAP
-    tile_batch: int = 1
-    encoder_tile: int | None = ENCODER_TILE
-    encoder_overlap: float = ENCODER_OVERLAP
-    vae_tile: int | None = TILE_SIZE
-    strength: float = 1.0
-    passes: int = 1
+    scale: float = factor(DEFAULT_SCALE, "factor on both sides", group="size", host_range=(0.05, 16.0))
+    steps: int = whole(DEFAULT_STEPS, "1 to 1000", maximum=TRAIN_STEPS, group="method")
+    cfg: float = real(
+        DEFAULT_CFG, "guidance, 1 is off", minimum=1.0, maximum=MAX_CFG, group="method", host_range=(0.0, 100.0)
+    )
+    start: StartPoint | str = choice(StartPoint.LR, "start point", group="method")  # noqa: RUF009
+    color_fix: ColorFix | str = choice(ColorFix.ADAIN, "colours of the input", group="method")  # noqa: RUF009
+    tile: int = tile_side(TILE_SIZE, "side, a multiple of 8", host_range=(MIN_TILE, LARGEST_HOST_TILE))
+    overlap: float = overlap_fraction(TILE_OVERLAP, "fraction of a tile, 0 to 0.9")
+    tile_batch: int = whole(1, "tiles in one U-Net call", group="tiles", host_range=(0, 64), host_default=0)
+    encoder_tile: int | None = tile_side(
+        ENCODER_TILE, "side of the LQ encoder's tiles", optional=True, host_range=(MIN_TILE, LARGEST_HOST_TILE)
+    )
+    encoder_overlap: float = overlap_fraction(ENCODER_OVERLAP, "overlap of the LQ encoder's tiles")
+    vae_tile: int | None = tile_side(
+        TILE_SIZE, "side of the VAE's tiles", optional=True, host_range=(MIN_TILE, LARGEST_HOST_TILE)
+    )
+    strength: float = real(
+        1.0, "how strongly the image acts, 0 is off", minimum=0.0, group="method", host_range=(0.0, 10.0)
+    )
+    passes: int = whole(1, "reach the size in N equal steps", group="method")
 
     def __post_init__(self) -> None:
-        leading_timesteps(self.steps)
-        if not 1.0 <= self.cfg <= MAX_CFG:
-            raise SettingsError(f"cfg must lie between 1 and {MAX_CFG:g}, got {self.cfg}.")
-        for name, choices in (("start", StartPoint), ("color_fix", ColorFix)):
-            if getattr(self, name) not in [choice.value for choice in choices]:
-                raise SettingsError(
-                    f"{name} must be one of {[choice.value for choice in choices]}, got {getattr(self, name)!r}."
-                )
-        check_tile_size(self.tile)
-        check_overlap(self.overlap)
-        if self.encoder_tile is not None:
-            check_tile_size(self.encoder_tile, what="encoder_tile")
-        check_overlap(self.encoder_overlap, what="encoder_overlap")
-        if self.vae_tile is not None:
-            check_tile_size(self.vae_tile, what="vae_tile")
-        for name in ("tile_batch", "passes"):
-            if int(getattr(self, name)) != getattr(self, name) or getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be a whole number from 1, got {getattr(self, name)}.")
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise SettingsError(f"strength must be 0 or more, got {self.strength}.")
+        for name, what in described(self).items():
+            # The class is frozen for its users; here its values are brought into their one form.
+            object.__setattr__(self, name, what.check(getattr(self, name), what=name))
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise SettingsError(f"size must be (height, width) in pixels, got {self.size}.")
+
+    def changed(self, **changes: Any) -> RestoreSettings:
+        """The same settings with some replaced.
+
+        Raises:
+            TypeError: there is no setting of a name; the text names all.
+            SettingsError: a value is out of range.
+        """
+        names = [item.name for item in fields(self)]
+        unknown = sorted(changes.keys() - set(names))
+        if unknown:
+            raise TypeError(f"There is no setting {', '.join(unknown)}; there are {', '.join(names)}.")
+        return replace(self, **changes)
+
+    def method(self) -> dict[str, Any]:
+        """All settings but the size as plain data, for a result's metadata."""
+        return {name: plain(getattr(self, name)) for name in described(self) if name != "scale"}
 
     def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Size after each pass, (height, width), for an image of the given size; equal factors but for rounding."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from ..errors import SettingsError
 from ..tiling.grid import VAE_SCALE_FACTOR
-
-if TYPE_CHECKING:
-    pass
 from .reading import MAX_PIXELS
 
 LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
@@ -47,11 +43,11 @@ def target_size(
     if longest_side is not None and megapixels is not None:
         raise SettingsError("Give a longest side or a number of megapixels, not both.")
     if longest_side is not None:
-        factor = _positive("longest side", longest_side) / max(height, width)
+        factor = check_positive(longest_side, what="The longest side") / max(height, width)
     elif megapixels is not None:
-        factor = math.sqrt(_positive("number of megapixels", megapixels) * 1e6 / (height * width))
+        factor = math.sqrt(check_positive(megapixels, what="The number of megapixels") * 1e6 / (height * width))
     elif scale is not None:
-        factor = _positive("scale", scale)
+        factor = check_positive(scale, what="The scale")
     else:
         raise SettingsError("Give a scale, a longest side or a number of megapixels.")
     # The product is rounded first, so that 0.1 * 5 in binary counts as the half that it is.
@@ -64,9 +60,14 @@ def target_size(
     return sides[0], sides[1]
 
 
-def _positive(what: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise SettingsError(f"The {what} must be a positive number, got {value}.")
+def check_positive(value: float, *, what: str) -> float:
+    """Check a number that has to be finite and above 0.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    if isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise SettingsError(f"{what} must be a positive number, got {value}.")
     return value
 
 

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from PIL import Image
 from faithdiff_core.cli import COMMANDS, main
 from faithdiff_core.cli import restore as restore_command
 from faithdiff_core.cli.jobs import Job, find_jobs
+from faithdiff_core.engine import RestoreSettings
+from faithdiff_core.engine.description import option
 from faithdiff_core.errors import SettingsError
 from faithdiff_core.images.geometry import resize_lanczos
 from faithdiff_core.images.reading import load_image
@@ -216,6 +219,25 @@ class TestRestore:
         with Image.open(out) as image:
             assert (image.size, image.format) == (size, "WEBP")
 
+    def test_a_result_that_is_too_large_is_named(
+        self, tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        loaded = _image(tmp_path / "a.png", 24, 32)
+        assert main(["restore", str(loaded), "-o", str(tmp_path / "out"), *model, "--scale", "1000"]) == 1
+        assert "An image of 32 x 24 would become 32000 x 24000" in capsys.readouterr().err
+
+    def test_metadata_holds_every_setting_as_it_was_given(self, tmp_path: Path, model: tuple[str, ...]) -> None:
+        given = {"start": "noise", "color_fix": "none", "strength": 0.5, "encoder_tile": 512, "encoder_overlap": 0.125}
+        words = [word for name, value in given.items() for word in (option(name), str(value))]
+        out = tmp_path / "b.png"
+        assert main(["restore", str(_image(tmp_path / "a.png")), "-o", str(out), *model, *words]) == 0
+        recipe = _recipe(out)
+        names = {item.name for item in fields(RestoreSettings)} - {"size", "scale"}
+        assert names <= recipe.keys()
+        assert {name: recipe[name] for name in given} == given
+        settings = RestoreSettings(**{name: recipe[name] for name in names})
+        assert settings.method() == {name: recipe[name] for name in names}
+
     def test_transparency_and_jpeg_is_found_out_first(
         self, tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -279,18 +301,19 @@ class TestBadArguments:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["--tile", "100"], "tile_size must be a multiple of 8 pixels and at least 64, got 100"),
+            (["--tile", "100"], "error: --tile must be a multiple of 8 pixels and at least 64, got 100"),
             (["--overlap", "1"], "overlap must lie between 0 and 0.9"),
             (["--steps", "0"], "steps must be a whole number from 1 to 1000, got 0"),
             (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
             (["--cfg", "0.5"], "cfg must lie between 1 and 20, got 0.5"),
             (["--strength", "-1"], "strength must be 0 or more"),
-            (["--tile-batch", "0"], "tile_batch must be a whole number from 1"),
-            (["--vae-tile", "7"], "vae_tile must be a multiple of 8"),
+            (["--tile-batch", "0"], "--tile-batch must be a whole number from 1"),
+            (["--encoder-overlap", "0.95"], "--encoder-overlap must lie between 0 and 0.9"),
+            (["--vae-tile", "7"], "--vae-tile must be a multiple of 8"),
             (["--passes", "0"], "passes must be a whole number from 1"),
             (["--seed", "-3"], "--seed must be 0 or more, got -3"),
-            (["--scale", "0"], "The scale must be a positive number, got 0"),
-            (["--longest-side", "-1"], "The longest side must be a positive number"),
+            (["--scale", "0"], "--scale must be a positive number, got 0"),
+            (["--longest-side", "-1"], "--longest-side must be a positive number"),
             (["--scale", "2", "--megapixels", "4"], "not allowed with argument"),
             (["--start", "middle"], "argument --start: invalid choice"),
             (["--color-fix", "sepia"], "argument --color-fix: invalid choice"),
