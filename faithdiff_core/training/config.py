@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..errors import SettingsError
 from .degradation import DegradationConfig
+
+LARGEST_SEED = 2**32 - 1
+"""NumPy's global generator, which libraries draw from, takes no larger one."""
+
+
+def check_number(name: str, value: float, low: float = 0.0, high: float = math.inf) -> None:
+    """Refuse a number that is not finite or lies outside a range, ends included.
+
+    Raises:
+        SettingsError: it does; the text names the setting.
+    """
+    if not math.isfinite(value) or not low <= value <= high:
+        bounds = f"of {low:g} or more" if high == math.inf else f"from {low:g} to {high:g}"
+        raise SettingsError(f"{name} must be a finite number {bounds}, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -70,8 +85,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.warmup < 0:
             raise SettingsError(f"steps must be 1 or more and warmup 0 or more, got {self.steps} and {self.warmup}.")
-        if self.learning_rate < 0 or self.lq_learning_rate < 0:
-            raise SettingsError("learning rates must not be negative.")
+        check_number("learning_rate", self.learning_rate)
+        check_number("lq_learning_rate", self.lq_learning_rate)
 
 
 PAPER_STAGES = (StageConfig(1, 6000), StageConfig(2, 40000))
@@ -98,6 +113,9 @@ class LoraConfig:
             raise SettingsError(
                 f"LoRA rank must be 1 or more and dropout 0 to below 1, got {self.rank}, {self.dropout}."
             )
+        check_number("LoRA alpha", self.alpha)
+        if not self.targets:
+            raise SettingsError("LoRA targets must name at least one layer.")
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,12 @@ class TrainConfig:
                 raise SettingsError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         if self.workers < 0:
             raise SettingsError(f"workers must be 0 or more, got {self.workers}.")
-        for name in ("text_dropout", "ema"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"{name} must be from 0 to 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise SettingsError(f"seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}.")
+        check_number("noise_offset", self.noise_offset)
+        check_number("weight_decay", self.weight_decay)
+        check_number("text_dropout", self.text_dropout, high=1)
+        if not (math.isfinite(self.clip) and self.clip > 0):
+            raise SettingsError(f"clip must be a finite number above 0, got {self.clip}.")
+        if not 0 <= self.ema < 1:
+            raise SettingsError(f"ema must be from 0 (off) to below 1 (which would never learn), got {self.ema}.")

@@ -18,6 +18,7 @@ from faithdiff_core.cli.degrade import add_degrade_arguments, run_degrade
 from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.training.degradation import (
     FIRST_PASS,
+    SECOND_PASS,
     DegradationConfig,
     KernelMix,
     Pass,
@@ -189,7 +190,8 @@ def test_workers_make_the_same_samples_as_the_main_process(image: Image.Image) -
     ("values", "said"),
     [
         ({"scale": 0}, "scale"),
-        ({"first": {"jpeg_quality": [95, 60]}}, "missing"),
+        ({"first": {"jpeg_quality": [95, 60]}}, "first: jpeg_quality must be a range"),
+        ({"first": {"blur_sigma": [float("nan"), 2]}}, "finite"),
         ({"kernels": {"size": [8, 20]}}, "odd"),
         ({"kernels": {"weight": 1}}, "unknown setting.*weight"),
         ({"final_sinc_probability": 1.5}, "probability"),
@@ -199,6 +201,12 @@ def test_workers_make_the_same_samples_as_the_main_process(image: Image.Image) -
 def test_wrong_ranges_are_named(values: dict[str, Any], said: str) -> None:
     with pytest.raises(SettingsError, match=said):
         build(DegradationConfig, values)
+
+
+def test_one_range_of_a_pass_leaves_the_others_as_they_are() -> None:
+    config = build(DegradationConfig, {"first": {"blur_sigma": [0.2, 2]}, "second": {"jpeg_quality": [30, 60]}})
+    assert config.first == dataclasses.replace(FIRST_PASS, blur_sigma=(0.2, 2.0))
+    assert config.second == dataclasses.replace(SECOND_PASS, jpeg_quality=(30, 60))
 
 
 def test_a_image_too_small_for_the_scale_is_refused() -> None:

@@ -527,6 +527,16 @@ def test_a_configuration_without_figures_is_the_papers(tmp_path: Path) -> None:
         ("base: a\noutput: b\ndata: {folder: c}\nstages: [{stage: 3, steps: 1}]\n", "stage: expected one of 1, 2"),
         ("base: a\noutput: b\ndata: {folder: c}\nstages: [{stage: 1, steps: 5.5}]\n", "steps: expected a whole number"),
         ("base: a\noutput: b\ndata: {folder: c}\nprecision: fp8\n", "precision"),
+        ("base: a\noutput: b\ndata: {folder: c}\nstages: [{stage: true, steps: 1}]\n", "stage: expected one of 1, 2"),
+        ("base: a\noutput: b\ndata: {folder: c}\nseed: -1\n", "seed must be"),
+        (f"base: a\noutput: b\ndata: {{folder: c}}\nseed: {2**70}\n", "seed must be"),
+        ("base: a\noutput: b\ndata: {folder: c}\nclip: .nan\n", "clip: expected a finite number"),
+        ("base: a\noutput: b\ndata: {folder: c}\nclip: -1\n", "clip must be"),
+        ("base: a\noutput: b\ndata: {folder: c}\nnoise_offset: -1\n", "noise_offset must be"),
+        ("base: a\noutput: b\ndata: {folder: c}\nnoise_offset: .inf\n", "noise_offset: expected a finite number"),
+        ("base: a\noutput: b\ndata: {folder: c}\nstages: [{stage: 1, steps: 1, learning_rate: -1}]\n", "learning_rate"),
+        ("base: a\noutput: b\ndata: {folder: c}\nbatch: 1\nseed: 3\nbatch: 2\n", "`batch` is set twice.*4.*6"),
+        ("base: a\noutput: b\ndata:\n  folder: c\n  folder: d\n", "`folder` is set twice"),
         ("- base\n", "name: value"),
         ("base: [\n", "not a YAML file"),
     ],
@@ -535,6 +545,18 @@ def test_wrong_configurations_are_named(tmp_path: Path, text: str, said: str) ->
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(SettingsError, match=said):
         read_config(tmp_path / "c.yaml")
+
+
+def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("base: a\noutput: b\ndata: {folder: c}\nprecision: no\n")
+    assert read_config(tmp_path / "c.yaml").precision == "no"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("name", ["clip", "noise_offset", "weight_decay", "learning_rate", "lq_learning_rate"])
+def test_numbers_that_are_not_finite_or_negative_are_refused(make: Make, name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=name):
+        StageConfig(1, 1, **{name: value}) if name.endswith("rate") else make(**{name: value})
 
 
 def test_the_command_trains(make: Make, tmp_path: Path) -> None:
