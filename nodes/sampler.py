@@ -18,8 +18,9 @@ from ..faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, star
 from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR
 from .bridge.alignment_patch import find_patch
 from .bridge.graph_types import LQCondition, LQFeatures, LQFeaturesType
-from .bridge.step_progress import PROGRESS_KEY, TileProgress
-from .bridge.tiled_prediction import Tiling, set_tiling
+from .bridge.sampling_run import Tiling, set_up_run
+from .bridge.step_progress import TileProgress
+from .bridge.tiled_prediction import set_tiling
 from .conditioning import Conditioning, with_lq
 from .errors import named_errors
 from .inputs import check_tiles, setting_input
@@ -197,7 +198,7 @@ class FaithDiffSampler(io.ComfyNode):
             tiling = Tiling(tile_size, overlap, tile_batch)
             tiled_model = tiled(model, tiling)
             progress = TileProgress(len(sigmas) - 1, len(tiling.grid(*lq_features.size)))
-            tiled_model.model_options["transformer_options"][PROGRESS_KEY] = progress
+            set_up_run(tiled_model, progress=progress)
             condition = LQCondition(lq_features, strength)
             guider = comfy.samplers.CFGGuider(tiled_model)
             guider.set_conds(with_lq(positive, condition), with_lq(negative, condition))

@@ -14,11 +14,9 @@ from ..models.alignment import Alignment
 class AlignmentHook:
     """Joins the alignment to a U-Net: a forward hook on `conv_in` replaces its output by the aligned one.
 
-    The rows of a call are one or two copies (the guidance halves, one after the other) of the same latents. They are
-    identical at this place, so one half is aligned and repeated.
-
     Attributes:
-        condition: the embedded condition of the coming U-Net call, one row for each latent.
+        condition: the embedded condition of the coming U-Net call, one row for each latent; a call may hold several
+            copies of the latents (the guidance halves), one after the other.
     """
 
     def __init__(self, alignment: Alignment, strength: float) -> None:
@@ -28,9 +26,8 @@ class AlignmentHook:
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], h: Tensor) -> Tensor:
         assert self.condition is not None
-        latents = self.condition.shape[0]
-        aligned = self.alignment(h[:latents], self.condition, self.strength)
-        return aligned.repeat(h.shape[0] // latents, 1, 1, 1)
+        aligned: Tensor = self.alignment(h, self.condition, self.strength, h.shape[0] // self.condition.shape[0])
+        return aligned
 
     @contextmanager
     def on(self, unet: Any) -> Iterator[None]:

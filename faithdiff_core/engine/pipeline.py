@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..errors import NotFiniteError, SettingsError, WeightsError
 from ..images.color import fix_colors
 from ..images.geometry import crop_to, pad_to_multiple, resize_lanczos
 from ..models.alignment import Alignment
-from ..models.condition_cache import ConditionCache
+from ..models.condition import ConditionEmbedder
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
 from ..sampling.schedule import StartPoint
 from ..tiling.grid import VAE_SCALE_FACTOR, Tile, TileGrid
@@ -466,7 +465,7 @@ class FaithDiffPipeline:
         )
         extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
         hook = AlignmentHook(self.alignment, strength)
-        cache = ConditionCache(self.condition_budget)
+        embedder = ConditionEmbedder(self.alignment, self.condition_budget)
         done, total = 0, len(scheduler.timesteps) * len(groups)
         with self._on_device(self.alignment), hook.on(self.sdxl.unet):
             for t in scheduler.timesteps:
@@ -475,7 +474,7 @@ class FaithDiffPipeline:
                 for group in groups:
                     if strength:
                         assert features is not None
-                        hook.condition = self._conditions(cache, features, group, dtype)
+                        hook.condition = embedder(features, group, self.device, dtype)
                     eps = self._predict(model_input, t, group, text, grid, dtype)
                     if guided:
                         negative, positive = eps.chunk(2)
@@ -489,20 +488,6 @@ class FaithDiffPipeline:
         if not torch.isfinite(x).all():
             raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
         return x
-
-    def _conditions(
-        self, cache: ConditionCache, features: Tensor, group: Sequence[tuple[int, Tile]], dtype: torch.dtype
-    ) -> Tensor:
-        """Embedded conditions of some tiles, one row for each.
-
-        Each is embedded by itself, so a tile's condition does not depend on what is batched with it.
-        """
-
-        def embed(image: int, tile: Tile) -> Tensor:
-            crop = tile.crop(features[image : image + 1])
-            return self.alignment.embed(crop.to(self.device, dtype))
-
-        return torch.cat([cache.get(job, partial(embed, *job)) for job in group])
 
     def _predict(
         self,

@@ -209,13 +209,18 @@ class Alignment(nn.Module):
             x = block(x)
         return self.proj(x).transpose(1, 2).reshape(rows, self.config.unet_channels, height, width)
 
-    def forward(self, h: Tensor, condition: Tensor, strength: float | Tensor = 1.0) -> Tensor:
+    def forward(self, h: Tensor, condition: Tensor, strength: float | Tensor = 1.0, copies: int = 1) -> Tensor:
         """Add what the LQ image has to say.
 
+        Guidance sends the same latents through the U-Net several times in one batch, with different texts. Text enters
+        later, so these copies are equal here: one residual is computed and serves all of them.
+
         Args:
-            h: (B, unet_channels, height, width), what the U-Net's first convolution gives.
+            h: (copies * B, unet_channels, height, width), what the U-Net's first convolution gives; copies of the
+                whole batch follow one another.
             condition: from `embed`, (B or 1, condition_channels, height, width).
-            strength: factor on the residual, a number or one for each row; the number 0 is exactly off.
+            strength: factor on the residual, a number or one for each row of the batch; the number 0 is exactly off.
+            copies: how many times h holds the same batch.
 
         Returns:
             The new h, of h's shape.
@@ -223,11 +228,13 @@ class Alignment(nn.Module):
         Raises:
             SettingsError: sizes or rows of h and condition do not match.
         """
-        if isinstance(strength, Tensor):
-            return torch.addcmul(h, self.residual(h, condition), strength.to(h).view(-1, 1, 1, 1))
-        if strength == 0:
+        if not isinstance(strength, Tensor) and strength == 0:
             return h
-        return torch.add(h, self.residual(h, condition), alpha=strength)
+        residual = self.residual(h[: h.shape[0] // copies], condition)
+        batches = h.view(copies, *residual.shape)
+        if isinstance(strength, Tensor):
+            return torch.addcmul(batches, residual, strength.to(h).view(-1, 1, 1, 1)).view_as(h)
+        return torch.add(batches, residual.unsqueeze(0), alpha=strength).view_as(h)
 
 
 def from_published(

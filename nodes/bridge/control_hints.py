@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 
 class ControlHints:
-    """Hints of one sampling run, each enlarged once to the whole image.
+    """Hints of one sampling run, each enlarged once to the whole image."""
 
-    Args:
-        height, width: of the latent, in latent units.
-    """
-
-    def __init__(self, height: int, width: int) -> None:
-        self.height, self.width = height, width
-        self._full: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self) -> None:
+        self._full: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
 
     @contextmanager
     def cropped(
-        self, conds: Sequence[Sequence[dict[str, Any]] | None], tiles: Sequence[Tile], images: int
+        self,
+        conds: Sequence[Sequence[dict[str, Any]] | None],
+        size: tuple[int, int],
+        tiles: Sequence[Tile],
+        images: int,
     ) -> Iterator[None]:
         """Give all controls of `conds` the hints of `tiles` while the context lasts.
 
         Args:
             conds: the conditionings of a step.
+            size: (height, width) of the whole latent.
             tiles: tiles of one U-Net call, in order.
             images: rows of each tile.
         """
@@ -47,11 +47,10 @@ class ControlHints:
             for control in _controls(conds):
                 extra = list(getattr(control, "extra_concat_orig", []))
                 saved.append((control, control.cond_hint_original, extra))
-                scale = _hint_scale(control)
                 if control.cond_hint_original is not None:
-                    control.cond_hint_original = self._crops(control, control.cond_hint_original, tiles, images, scale)
+                    control.cond_hint_original = self._crops(control, control.cond_hint_original, size, tiles, images)
                 if extra:
-                    control.extra_concat_orig = [self._crops(control, e, tiles, images, scale) for e in extra]
+                    control.extra_concat_orig = [self._crops(control, e, size, tiles, images) for e in extra]
                 _forget(control)
             yield
         finally:
@@ -61,23 +60,25 @@ class ControlHints:
                     control.extra_concat_orig = extra
                 _forget(control)
 
-    def _crops(self, control: ControlBase, hint: Tensor, tiles: Sequence[Tile], images: int, scale: int) -> Tensor:
-        full = self._enlarged(control, hint, scale)
+    def _crops(
+        self, control: ControlBase, hint: Tensor, size: tuple[int, int], tiles: Sequence[Tile], images: int
+    ) -> Tensor:
+        scale = _hint_scale(control)
+        full = self._enlarged(control, hint, size[0] * scale, size[1] * scale)
         crops = [tile.crop(full, scale) for tile in tiles]
         if len(crops) == 1:
             return crops[0]
         # Rows are tile by tile, and image by image within a tile.
         return torch.cat([comfy.utils.repeat_to_batch_size(crop, images) for crop in crops])
 
-    def _enlarged(self, control: ControlBase, hint: Tensor, scale: int) -> Tensor:
+    def _enlarged(self, control: ControlBase, hint: Tensor, height: int, width: int) -> Tensor:
         """The hint at the size of the whole image, made as the control itself would make it."""
         # The hint is kept beside the result: an id is only unique while its object lives.
-        known = self._full.get(id(hint))
+        key = (id(hint), height, width)
+        known = self._full.get(key)
         if known is None:
-            full = comfy.utils.common_upscale(
-                hint, self.width * scale, self.height * scale, control.upscale_algorithm, "center"
-            )
-            known = self._full[id(hint)] = (hint, full)
+            full = comfy.utils.common_upscale(hint, width, height, control.upscale_algorithm, "center")
+            known = self._full[key] = (hint, full)
         return known[1]
 
 

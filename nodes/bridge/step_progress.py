@@ -9,9 +9,6 @@ import comfy.model_management
 import comfy.utils
 from comfy_execution.utils import get_executing_context
 
-PROGRESS_KEY = "faithdiff_progress"
-"""Where a MODEL's transformer options carry the `TileProgress` of a run."""
-
 StepCallback = Callable[[int, Any, Any, int], None]
 """The host's: (step, denoised, x, total steps), called at the end of a step."""
 

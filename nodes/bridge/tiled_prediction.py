@@ -1,15 +1,14 @@
-"""Tiles and LQ features for every sampler of the host.
+"""Tiles and LQ features for every sampler of ComfyUI.
 
-One wrapper around the host's `calc_cond_batch` does both: it hands the alignment patch what it needs to know, and,
-where a MODEL asks for tiles, predicts tile by tile and merges the predictions. A sampler never notices: it steps the
-whole latent. For samplers that are linear in the latent and the predictions this equals the published code, which
-steps every tile and merges afterwards.
+One wrapper around ComfyUI's `calc_cond_batch` does both: it says which LQ features belong to which conditioning and
+which part of the latent a U-Net call sees, and, where a MODEL asks for tiles, predicts tile by tile and merges the
+predictions. A sampler never notices: it steps the whole latent. For samplers that are linear in the latent and the
+predictions this equals the published code, which steps every tile and merges afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -21,60 +20,33 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...faithdiff_core.errors import SettingsError
-from ...faithdiff_core.tiling.grid import Tile, TileGrid, check_overlap, check_tile_size
-from .alignment_patch import PLAN_KEY, LQChunk, StepPlan, apply_model, find_patch
-from .control_hints import ControlHints
+from ...faithdiff_core.tiling.grid import Tile, TileGrid
+from .alignment_patch import find_patch, patch_among
 from .graph_types import CONDITION_KEY, LQCondition
-from .step_progress import PROGRESS_KEY, TileProgress, show_tiles
+from .sampling_run import CallCondition, Tiling, run_of, set_up_run, with_run
+from .step_progress import show_tiles
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
 
 WRAPPER_KEY = "faithdiff"
-TILING_KEY = "faithdiff_tiling"
-"""Where a MODEL's transformer options carry its `Tiling`."""
-
-HINTS_KEY = "faithdiff_hints"
-"""Where the transformer options of a sampling run carry its `ControlHints`."""
 
 LARGEST_AUTO_BATCH = 8
 """Most tiles in one U-Net call when the number is chosen by free memory; beyond it a GPU gains nothing."""
 
 Conds = list[list[dict[str, Any]] | None]
 Executor = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a MODEL samples in tiles.
-
-    Attributes:
-        tile_size: tile side in pixels, a multiple of 8 from 64.
-        overlap: real overlap, 0 to 0.9.
-        tile_batch: tiles in one U-Net call; 0 for as many as fit.
-    """
-
-    tile_size: int
-    overlap: float
-    tile_batch: int = 0
-
-    def __post_init__(self) -> None:
-        check_tile_size(self.tile_size)
-        check_overlap(self.overlap)
-        if self.tile_batch < 0:
-            raise SettingsError(f"tile_batch must be 0 (as many as fit) or more, got {self.tile_batch}.")
-
-    def grid(self, height: int, width: int) -> TileGrid:
-        """The tiles of a latent of this size."""
-        return TileGrid(height, width, self.tile_size, self.overlap)
+Active = dict[UUID, tuple[LQCondition, float]]
+"""The LQ condition of each conditioning that has one, and its strength in this step."""
 
 
 def add_sampling_wrappers(model: ModelPatcher) -> None:
-    """Put the sampling wrappers on a MODEL of one's own (a clone), once."""
+    """Put the sampling wrappers on a cloned MODEL, once."""
     for kind, wrapper in (
-        (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
         (WrappersMP.PREPARE_SAMPLING, prepare_sampling),
+        (WrappersMP.SAMPLER_SAMPLE, sampler_sample),
+        (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
         (WrappersMP.APPLY_MODEL, apply_model),
     ):
         if not model.get_wrappers(kind, WRAPPER_KEY):
@@ -82,20 +54,30 @@ def add_sampling_wrappers(model: ModelPatcher) -> None:
 
 
 def set_tiling(model: ModelPatcher, tiling: Tiling) -> None:
-    """Make a MODEL of one's own (a clone) sample in tiles."""
+    """Make a cloned MODEL sample in tiles, in place."""
     add_sampling_wrappers(model)
-    model.model_options["transformer_options"][TILING_KEY] = tiling
+    set_up_run(model, tiling=tiling)
 
 
 def prepare_sampling(executor: Executor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kw: Any) -> Any:
-    """Wrapper: have the host reserve memory for what one U-Net call sees, not for the whole latent."""
-    tiling: Tiling | None = model.model_options["transformer_options"].get(TILING_KEY)
+    """Wrapper: have ComfyUI reserve memory for what one U-Net call sees, not for the whole latent."""
+    tiling = run_of(model.model_options["transformer_options"]).tiling
     if tiling is not None and len(noise_shape) == 4:
         batch, channels, height, width = noise_shape
         grid = tiling.grid(height, width)
         tiles = min(max(tiling.tile_batch, 1), len(grid))
         noise_shape = [batch * tiles, channels, grid.tile_height, grid.tile_width]
     return executor(model, noise_shape, *args, **kw)
+
+
+def sampler_sample(
+    executor: Executor, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], *args: Any, **kw: Any
+) -> Any:
+    """Wrapper around a sampler: give the run a `SamplingRun` of its own."""
+    model_options = extra_args["model_options"]
+    run = run_of(model_options.get("transformer_options", {}))
+    extra_args = {**extra_args, "model_options": with_run(model_options, run.started())}
+    return executor(guider, sigmas, extra_args, *args, **kw)
 
 
 def calc_cond_batch(
@@ -106,10 +88,9 @@ def calc_cond_batch(
     Returns:
         One prediction for each entry of `conds`, of x_in's shape.
     """
-    options = model_options.get("transformer_options", {})
-    tiling: Tiling | None = options.get(TILING_KEY)
+    run = run_of(model_options.get("transformer_options", {}))
     active = _active_conditions(model, conds, timestep)
-    if tiling is None and not active:
+    if run.tiling is None and not active:
         return executor(model, conds, x_in, timestep, model_options)
     if x_in.ndim != 4:
         raise SettingsError(
@@ -118,39 +99,66 @@ def calc_cond_batch(
         )
     _check_features(active, x_in)
     height, width = x_in.shape[-2:]
-    shareable = not any(
+    copies_equal = not any(
         "control" in cond or "c_concat" in cond["model_conds"] for group in conds for cond in group or ()
     )
-    if tiling is None:
-        whole = Tile(0, 0, 0, 0, height, width)
-        plan = _plan(active, conds, (whole,), shareable)
-        return executor(model, conds, x_in, timestep, _with_plan(model_options, plan))
+    if run.tiling is None:
+        call = run.calling(_call_conditions(active, conds, (Tile(0, 0, 0, 0, height, width),)), copies_equal)
+        return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
-    grid = tiling.grid(height, width)
+    grid = run.tiling.grid(height, width)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
-    # The options belong to one sampling run: hints enlarged at its first step serve the others.
-    hints: ControlHints = options.setdefault(HINTS_KEY, ControlHints(height, width))
-    progress: TileProgress | None = options.get(PROGRESS_KEY)
     done = 0
-    for tiles in grid.batches(_tiles_per_call(model, tiling, grid, conds, x_in)):
+    for tiles in grid.batches(_tiles_per_call(model, run.tiling, grid, conds, x_in)):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        show_tiles(progress, done + 1, done + len(tiles), len(grid))
+        show_tiles(run.progress, done + 1, done + len(tiles), len(grid))
         tile_conds = [None if group is None else _tile_conds(model, group, grid, tiles, images) for group in conds]
-        plan = _plan(active, tile_conds, tiles, shareable)
+        call = run.calling(_call_conditions(active, tile_conds, tiles), copies_equal)
         x = torch.cat([tile.crop(x_in) for tile in tiles])
-        with hints.cropped(tile_conds, tiles, images):
-            predictions = executor(model, tile_conds, x, timestep.repeat(len(tiles)), _with_plan(model_options, plan))
+        with run.hints.cropped(tile_conds, (height, width), tiles, images):
+            predictions = executor(model, tile_conds, x, timestep.repeat(len(tiles)), with_run(model_options, call))
         for out, prediction in zip(outs, predictions, strict=True):
             for tile, part in zip(tiles, prediction.split(images), strict=True):
                 grid.merge(out, tile, part)
         done += len(tiles)
-        if progress is not None:
-            progress.tiles_done(done)
+        if run.progress is not None:
+            run.progress.tiles_done(done)
     return outs
 
 
-def _active_conditions(model: BaseModel, conds: Conds, timestep: Tensor) -> dict[UUID, tuple[LQCondition, float]]:
+def apply_model(
+    executor: Executor,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None,
+    c_crossattn: Tensor | None,
+    control: Any,
+    transformer_options: dict[str, Any],
+    **arguments: Any,
+) -> Tensor:
+    """Wrapper around ComfyUI's `apply_model`: give the alignment patch what this U-Net call needs."""
+
+    def call_unet() -> Tensor:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **arguments)
+
+    patch = patch_among(transformer_options)
+    run = run_of(transformer_options)
+    if patch is None or not run.conditions:
+        return call_unet()
+    conditions = [run.conditions.get(uuid) for uuid in transformer_options["uuids"]]
+    # A patch in front of ours may treat the conditionings' rows differently.
+    is_first = transformer_options["patches"]["input_block_patch"][0] is patch
+    dtype = executor.class_obj.get_dtype_inference()  # type: ignore[attr-defined]
+    rows = x.shape[0] // len(conditions)
+    parts = patch.parts(conditions, run.copies_equal and is_first, rows, x.device, dtype)
+    if not parts:
+        return call_unet()
+    with patch.running(parts, x.device):
+        return call_unet()
+
+
+def _active_conditions(model: BaseModel, conds: Conds, timestep: Tensor) -> Active:
     """Which LQ features act on which conditioning in this step, and how strongly.
 
     LQ features tell of the image, not of a prompt. Where all that there is comes from one FaithDiffConditioning, it
@@ -164,7 +172,7 @@ def _active_conditions(model: BaseModel, conds: Conds, timestep: Tensor) -> dict
     common = next(iter(distinct.values())) if len(distinct) == 1 else None
     sampling = model.model_sampling
     sigma = float(timestep[0]) if any(condition.ranged for condition in own.values()) else 0.0
-    active: dict[UUID, tuple[LQCondition, float]] = {}
+    active: Active = {}
     for group in conds:
         for cond in group or ():
             condition = own.get(cond["uuid"], common)
@@ -182,7 +190,7 @@ def _active_conditions(model: BaseModel, conds: Conds, timestep: Tensor) -> dict
     return active
 
 
-def _check_features(active: dict[UUID, tuple[LQCondition, float]], x_in: Tensor) -> None:
+def _check_features(active: Active, x_in: Tensor) -> None:
     for condition, _ in active.values():
         features = condition.features
         height, width = x_in.shape[-2:]
@@ -198,30 +206,25 @@ def _check_features(active: dict[UUID, tuple[LQCondition, float]], x_in: Tensor)
             )
 
 
-def _plan(
-    active: dict[UUID, tuple[LQCondition, float]], conds: Conds, tiles: Sequence[Tile], shareable: bool
-) -> StepPlan:
-    plan = StepPlan(shareable=shareable)
+def _call_conditions(active: Active, conds: Conds, tiles: Sequence[Tile]) -> dict[UUID, CallCondition]:
+    """The LQ conditions of a U-Net call that sees these tiles."""
+    conditions = {}
     for group in conds:
         for cond in group or ():
             if cond["uuid"] in active:
                 condition, strength = active[cond["uuid"]]
-                boxes = tuple(_box(tile, cond.get("area")) for tile in tiles)
-                plan.chunks[cond["uuid"]] = LQChunk(condition.features, boxes, strength)
-    return plan
+                seen = tuple(_seen(tile, cond.get("area")) for tile in tiles)
+                conditions[cond["uuid"]] = CallCondition(condition.features, seen, strength)
+    return conditions
 
 
-def _box(tile: Tile, area: Sequence[int] | None) -> tuple[int, int, int, int]:
+def _seen(tile: Tile, area: Sequence[int] | None) -> Tile:
     """What the U-Net sees of a tile: all of it, or an area (height, width, top, left within the tile)."""
     if area is None:
-        return tile.top, tile.left, tile.height, tile.width
+        return tile
     height, width, top, left = area
-    return tile.top + top, tile.left + left, min(height, tile.height - top), min(width, tile.width - left)
-
-
-def _with_plan(model_options: dict[str, Any], plan: StepPlan) -> dict[str, Any]:
-    options = {**model_options.get("transformer_options", {}), PLAN_KEY: plan}
-    return {**model_options, "transformer_options": options}
+    size = min(height, tile.height - top), min(width, tile.width - left)
+    return Tile(tile.row, tile.column, tile.top + top, tile.left + left, *size)
 
 
 def _tiles_per_call(model: BaseModel, tiling: Tiling, grid: TileGrid, conds: Conds, x_in: Tensor) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from faithdiff_core import Alignment, AlignmentConfig, LQEncoder, LQEncoderConfig, SettingsError
 from faithdiff_core.models.alignment import from_published, to_published
-from faithdiff_core.models.condition_cache import ConditionCache
+from faithdiff_core.models.condition import ConditionCache
 
 SMALL = AlignmentConfig(feature_channels=64, condition_channels=32, unet_channels=32, mlp_channels=96, layers=2)
 
