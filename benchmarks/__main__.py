@@ -37,7 +37,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help="sampling steps; default: 20, on a processor 2, quick 1")
     parser.add_argument("--repeats", type=int, help="rounds after the warm-up; default: 5, quick 2")
     parser.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=f"default: all of {', '.join(names)}")
-    parser.add_argument("--quick", action="store_true", help="reduced sizes; under five minutes on two processor cores")
+    parser.add_argument("--quick", action="store_true", help="reduced sizes; under five minutes on two CPU cores")
+    parser.add_argument(
+        "--preset",
+        choices=["gpu"],
+        help="gpu: every row that needs a GPU, in fp16 at 1024 px and 20 steps; made for one card with 80 GB",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="begin no further row after N minutes; the same command with --json goes on with the next one",
+    )
     parser.add_argument("--threads", type=int, help="threads on a processor; default: torch's")
     parser.add_argument(
         "--clock",
@@ -45,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="wall",
         help="cpu: processor time, for a processor that others use too; best with --threads 1",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write all measurements after each row; rows that the file has from the same set-up are not run again",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
     return parser
 
@@ -56,6 +72,8 @@ def settings_of(options: argparse.Namespace, say: Callable[[str], None]) -> Sett
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     on_cpu = name == "cpu"
+    if options.preset == "gpu" and on_cpu:
+        raise SystemExit("--preset gpu needs a GPU: torch finds neither CUDA nor MPS here.")
     sizes = tuple(options.sizes or ((256,) if on_cpu else (PUBLISHED_SIZE,)))
     if any(size % (8 * SCALE) or size < 8 * SCALE for size in sizes):
         raise SystemExit(f"--sizes must be multiples of {8 * SCALE} pixels, got {sizes}.")
@@ -64,7 +82,7 @@ def settings_of(options: argparse.Namespace, say: Callable[[str], None]) -> Sett
         dtype=COMPUTE_DTYPES[options.dtype or ("bf16" if on_cpu else "fp16")],
         sizes=sizes,
         steps=options.steps or ((1 if options.quick else 2) if on_cpu else 20),
-        repeats=options.repeats or (2 if options.quick else 5),
+        repeats=options.repeats or (2 if options.quick else 3 if options.preset == "gpu" else 5),
         quick=options.quick,
         clock=options.clock,
         say=say,
@@ -81,25 +99,67 @@ def machine(settings: Settings) -> dict[str, Any]:
     facts["threads"] = torch.get_num_threads()
     facts["clock"] = settings.clock
     facts["rounds"] = settings.repeats
+    facts["dtype"] = settings.dtype_name
+    facts["sizes"] = " ".join(map(str, settings.sizes))
+    facts["steps"] = settings.steps
+    facts["quick"] = settings.quick
     if hasattr(os, "getloadavg"):
         facts["load at the start"] = f"{os.getloadavg()[0]:.1f}"
     return facts
 
 
-def run_rows(rows: Sequence[Row], settings: Settings) -> Iterator[Result]:
-    """The rows' lines, as they come."""
+def run_rows(rows: Sequence[Row], settings: Settings, minutes: float | None = None) -> Iterator[tuple[Row, Result]]:
+    """The rows' results, as they come.
+
+    Args:
+        rows: what to run, in order.
+        settings: see there.
+        minutes: no row begins later than this; all do by default.
+    """
     host_there = find_host() is not None
+    started = time.perf_counter()
     for i, row in enumerate(rows):
         begin = time.perf_counter()
+        if minutes is not None and begin - started > 60 * minutes:
+            names = ", ".join(later.name for later in rows[i:])
+            settings.say(f"{minutes:g} minutes are over. Not run yet: {names}. The same command goes on there.")
+            return
         settings.say(f"{row.name}: {row.about} ...")
         if row.needs_host and not host_there:
-            yield missing(row.name, row.about, "no ComfyUI found; set COMFYUI_PATH")
+            yield row, missing(row.name, row.about, "no ComfyUI found; set COMFYUI_PATH")
         else:
-            yield from row.run(settings)
+            for result in row.run(settings):
+                yield row, result
         if row.group and row.group not in {later.group for later in rows[i + 1 :]}:
             release(row.group)
         free_memory(settings.device)
         settings.say(f"{row.name}: {time.perf_counter() - begin:.0f} s")
+
+
+_SETUP = ("device", "torch", "dtype", "sizes", "steps", "rounds", "clock", "quick")
+"""What must be the same for results to stand in one file."""
+
+
+def earlier_report(path: Path | None, report: Report) -> Report:
+    """The report that a stopped run left in `path`, or `report` where there is none.
+
+    Raises:
+        SystemExit: the file holds another set-up's results, or is not a report.
+    """
+    if path is None or not path.exists():
+        return report
+    try:
+        earlier = Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"--json: {path} is not a report of these benchmarks. Choose another name.") from error
+    differing = [name for name in _SETUP if earlier.machine.get(name) != report.machine.get(name)]
+    if differing:
+        name = differing[0]
+        raise SystemExit(
+            f"--json: {path} holds results with another {name} ({earlier.machine.get(name)}; now "
+            f"{report.machine.get(name)}). Choose another name, or remove the file."
+        )
+    return Report(report.command, earlier.machine, earlier.results, earlier.finished)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -124,17 +184,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(line + "\n")
 
     settings = settings_of(options, say)
-    rows = [row for row in ROWS if options.rows is None or row.name in options.rows]
-    report = Report(f"python -m benchmarks {shlex.join(arguments)}".strip(), machine(settings))
-    for result in run_rows(rows, settings):
+    report = earlier_report(
+        options.json, Report(f"python -m benchmarks {shlex.join(arguments)}".strip(), machine(settings))
+    )
+    rows = [
+        row
+        for row in ROWS
+        if (options.rows is None or row.name in options.rows)
+        and (options.preset != "gpu" or row.on_gpu)
+        and row.name not in report.finished
+    ]
+    running: Row | None = None
+    for row, result in run_rows(rows, settings, options.minutes):
+        if running is not None and running is not row:
+            _finish(report, running, options.json)
+        running = row
         report.results.append(result)
         say(table([result]).splitlines()[-1])
-        if options.json:
-            options.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    if running is not None:
+        _finish(report, running, options.json)
     sys.stdout.write(report.markdown() + "\n")
     if options.plot:
         report.plot(options.plot)
     return 0
+
+
+def _finish(report: Report, row: Row, path: Path | None) -> None:
+    report.finished.append(row.name)
+    if path is not None:
+        report.write(path)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,24 @@ VAE: dict[str, Any] = {
 }
 """SDXL's VAE in diffusers' terms."""
 
+CONTROLNET_ONLY: dict[str, Any] = {"conditioning_embedding_out_channels": (16, 32, 96, 256)}
+"""What diffusers' ControlNet has beyond the U-Net that it is a copy of."""
+
+CONTROLNET_XS: dict[str, Any] = {
+    "ctrl_block_out_channels": [32, 64, 128],
+    "ctrl_num_attention_heads": [5, 10, 20],
+    "ctrl_conditioning_embedding_out_channels": (16, 32, 96, 256),
+    "time_embedding_mix": 1.0,
+}
+"""A ControlNet-XS of a tenth of SDXL's width, as `ControlNetXSAdapter.from_unet(unet, size_ratio=0.1)` has it."""
+
+SMALL_UNET: dict[str, Any] = UNET | {
+    "block_out_channels": [320, 320, 640],
+    "transformer_layers_per_block": [1, 1, 1],
+    "attention_head_dim": [5, 5, 10],
+}
+"""A U-Net with SDXL's first convolution and a tenth of its weights, for what a CPU can train."""
+
 _POOL = 2**20
 
 
@@ -112,6 +130,42 @@ def unet(device: torch.device, dtype: torch.dtype) -> Any:
     from diffusers import UNet2DConditionModel
 
     return _ready(_empty(UNet2DConditionModel, UNET, device, dtype), 3)
+
+
+def _controlnet_config(unet_config: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("out_channels", "up_block_types")
+    return {key: value for key, value in unet_config.items() if key not in left_out} | CONTROLNET_ONLY
+
+
+def controlnet(device: torch.device, dtype: torch.dtype) -> Any:
+    """A ControlNet for SDXL of diffusers (1.25 billion parameters)."""
+    from diffusers import ControlNetModel
+
+    return _ready(_empty(ControlNetModel, _controlnet_config(UNET), device, dtype), 7)
+
+
+def controlnet_xs(device: torch.device, dtype: torch.dtype) -> Any:
+    """SDXL's U-Net with a ControlNet-XS in it, of diffusers."""
+    from diffusers import UNetControlNetXSModel
+
+    left_out = ("in_channels", "out_channels", "layers_per_block", "attention_head_dim")
+    config = {key: value for key, value in UNET.items() if key not in left_out} | CONTROLNET_XS
+    config["num_attention_heads"] = UNET["attention_head_dim"]
+    return _ready(_empty(UNetControlNetXSModel, config, device, dtype), 8)
+
+
+def small_unet(device: torch.device) -> Any:
+    """The U-Net of `SMALL_UNET`, float32."""
+    from diffusers import UNet2DConditionModel
+
+    return _ready(_empty(UNet2DConditionModel, SMALL_UNET, device, torch.float32), 9)
+
+
+def small_controlnet(device: torch.device) -> Any:
+    """A ControlNet for `SMALL_UNET`, float32."""
+    from diffusers import ControlNetModel
+
+    return _ready(_empty(ControlNetModel, _controlnet_config(SMALL_UNET), device, torch.float32), 10)
 
 
 def vae(device: torch.device, dtype: torch.dtype) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import rows_core, rows_engine, rows_files, rows_host
+from . import rows_core, rows_engine, rows_files, rows_host, rows_peers
 from .results import Result
 from .settings import Settings
 
@@ -19,12 +19,14 @@ class Row:
         about: one sentence.
         run: gives the lines.
         group: rows of one group share models, which are let go of after its last row.
+        on_gpu: whether a GPU changes the figures; rows without one are left out of the preset `gpu`.
     """
 
     name: str
     about: str
     run: Callable[[Settings], Iterator[Result]]
     group: str = ""
+    on_gpu: bool = True
 
     @property
     def needs_host(self) -> bool:
@@ -33,14 +35,17 @@ class Row:
 
 
 ROWS = (
-    Row("floor", "operations and weights, counted", rows_core.floor),
+    Row("floor", "operations and weights, counted", rows_core.floor, on_gpu=False),
     Row("alignment", "our alignment against the published formulation", rows_core.alignment),
     Row("alignment-share", "our alignment against the U-Net call it joins", rows_core.unet_share, "diffusers"),
     Row("tiles", "crop, merge and condition a tile; tiles in batches", rows_core.tiles, "diffusers"),
     Row("engine", "the engine against plain SDXL; peaks", rows_engine.restoration, "diffusers"),
     Row("published-loop", "the engine's loop against the published one", rows_engine.published_loop, "diffusers"),
-    Row("import", "start-up", rows_files.start),
-    Row("files", "loading and converting against reading and copying", rows_files.files),
+    Row(
+        "peers", "beside ControlNet, ControlNet-XS and UltimateSDUpscale (Tables 7 and 8)", rows_peers.rows, "diffusers"
+    ),
+    Row("import", "start-up", rows_files.start, on_gpu=False),
+    Row("files", "loading and converting against reading and copying", rows_files.files, on_gpu=False),
     Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),
     Row("nodes-tiled", "tiles through the nodes against untiled steps", rows_host.tiled, "host"),
     Row("supir", "the nodes against ComfyUI's SUPIR", rows_host.supir, "host"),

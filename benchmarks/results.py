@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ class Result:
         data["target"] = None if self.target is None else str(self.target)
         return data | {"verdict": self.verdict}
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Result:
+        """The result that `as_dict` wrote."""
+        values = {item.name: data[item.name] for item in fields(cls)}
+        for name in ("ours", "peer", "ratio"):
+            if values[name] is not None:
+                values[name] = Spread(tuple(values[name]["values"]))
+        if values["target"] is not None:
+            relation, bound = values["target"].split(" ")
+            values["target"] = Target(relation, float(bound))
+        return cls(**values)
+
 
 def timed(row: str, case: str, ours: Spread, peer: Spread, peer_name: str, **kw: Any) -> Result:
     """A comparison of times, given in seconds; the ratio is ours over peer's unless told."""
@@ -126,19 +139,34 @@ class Report:
         command: what was run.
         machine: what it ran on, by name.
         results: in the order in which they came.
+        finished: names of the rows whose results are all there.
     """
 
     command: str
     machine: dict[str, Any]
     results: list[Result] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {
             "command": self.command,
             "machine": self.machine,
+            "finished": self.finished,
             "results": [result.as_dict() for result in self.results],
         }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report that `as_dict` wrote."""
+        results = [Result.from_dict(result) for result in data["results"]]
+        return cls(data["command"], data["machine"], results, data["finished"])
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON; a file that is cut off half-way is never left under the name."""
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
 
     def markdown(self) -> str:
         """Machine and table."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import counts, models, registry, rows_core, rows_engine
+from benchmarks import counts, models, registry, rows_core, rows_engine, rows_peers
 from benchmarks.measure import Spread, interleaved, peak_bytes
 from benchmarks.results import NOT_MEASURED, Report, Result, Target, missing, table, timed
 from benchmarks.settings import Settings
@@ -67,6 +67,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "LQ_ENCODER", LQEncoderConfig((32, 32, 64, 64), 1))
     monkeypatch.setattr(models, "UNET", TINY_UNET)
     monkeypatch.setattr(models, "VAE", TINY_VAE)
+    monkeypatch.setattr(models, "SMALL_UNET", TINY_UNET)
+    monkeypatch.setattr(models, "CONTROLNET_XS", models.CONTROLNET_XS | {"ctrl_block_out_channels": [32, 32, 32]})
+    monkeypatch.setattr(rows_peers, "TRAINING_SIZE", 64)
     monkeypatch.setattr(rows_core, "TILED_SIZES", (128, 192))
     caches = (
         rows_core.shared_unet,
@@ -142,6 +145,26 @@ def test_counts_follow_the_shapes() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
+def test_the_peers_cost_what_their_parts_cost() -> None:
+    results = list(rows_peers.rows(settings()))
+    assert {result.row for result in results} == {"peers"}
+    whole = [result for result in results if result.case.startswith("operations of sampling")]
+    unet, meta = counts.unet_call(1024), torch.device("meta")
+    controlnet = models.controlnet(meta, torch.float32)
+    inputs = models.unet_inputs(2, 128, meta, torch.float32)
+    hint = torch.empty(2, 3, 1024, 1024, device=meta)
+    beside = 20 * (unet + counts.count(lambda: controlnet(**inputs, controlnet_cond=hint)))
+    assert whole[0].peer is not None
+    assert whole[0].peer.median == pytest.approx(beside / 1e12)
+    tiles = [result for result in results if result.case.startswith("operations a step")]
+    assert [result.peer_name.split(", ")[1] for result in tiles] == [f"{n} tiles of 1056" for n in (4, 16, 64)]
+    for result in results:
+        json.dumps(result.as_dict())
+        assert result.ours is not None
+        assert result.ours.median > 0
+
+
+@pytest.mark.usefixtures("tiny")
 @pytest.mark.parametrize("name", ["floor", "alignment", "alignment-share", "tiles", "engine", "published-loop"])
 def test_a_row_gives_complete_lines(name: str) -> None:
     row = next(row for row in registry.ROWS if row.name == name)
@@ -190,7 +213,7 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_without_a_host_its_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "find_host", lambda: None)
     rows = [row for row in registry.ROWS if row.needs_host]
-    results = list(command.run_rows(rows, settings()))
+    results = [result for _, result in command.run_rows(rows, settings())]
     assert [result.row for result in results] == [row.name for row in rows]
     assert all(result.kind == NOT_MEASURED and "COMFYUI_PATH" in result.note for result in results)
 
@@ -235,7 +258,7 @@ def test_the_peak_is_what_was_held_at_once() -> None:
     assert peak_bytes(CPU, lambda: None) == 0
 
 
-def test_the_plot_is_a_image(tmp_path: Path) -> None:
+def test_the_plot_is_an_image(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     result = timed("row", "case", Spread((1.0, 2.0)), Spread((2.0, 2.0)), "peer", target=Target("<=", 1.0))
     Report("command", {}, [result]).plot(tmp_path / "ratios.png")

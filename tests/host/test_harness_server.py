@@ -31,7 +31,7 @@ def sampling(size: int = 64, steps: int = 2, seed: int = 0) -> Graph:
     return graph
 
 
-def test_a_prompt_runs_to_a_image(server: Server) -> None:
+def test_a_prompt_runs_to_an_image(server: Server) -> None:
     result = server.run(sampling())
     (image,) = result.images
     assert Image.open(io.BytesIO(server.view(image))).size == (64, 64)
@@ -100,7 +100,7 @@ def workflow(path: Path, save: str = "SaveImage") -> Path:
     return path
 
 
-def test_a_dropped_workflow_runs_to_a_image(browser: Page, server: Server, tmp_path: Path) -> None:
+def test_a_dropped_workflow_runs_to_an_image(browser: Page, server: Server, tmp_path: Path) -> None:
     browser.drop(workflow(tmp_path / "stock.json"))
     assert sorted(browser.node_types()) == ["EmptyImage", "SaveImage"]
     assert browser.missing_types() == []

@@ -26,7 +26,7 @@ def test_adain_takes_mean_and_deviation() -> None:
 
 
 @pytest.mark.parametrize("method", [ColorFix.ADAIN, ColorFix.WAVELET])
-def test_a_image_keeps_its_own_colors(method: ColorFix) -> None:
+def test_an_image_keeps_its_own_colors(method: ColorFix) -> None:
     content = images(1)
     torch.testing.assert_close(fix_colors(content, content, method), content, rtol=0, atol=1e-5)
 

@@ -361,7 +361,7 @@ class TestWriting:
             check_output(Path(name), *size, transparent=transparent)
 
 
-def test_a_image_above_the_limit_is_refused(tmp_path: Path) -> None:
+def test_an_image_above_the_limit_is_refused(tmp_path: Path) -> None:
     side = 2**14 + 1
     header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
     chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))

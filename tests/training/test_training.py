@@ -382,7 +382,7 @@ def test_noise_has_the_offset_of_the_paper(make: Make) -> None:
     assert float(noise.mean((2, 3)).std()) == pytest.approx((0.25 + 1 / 64) ** 0.5, rel=0.15)
 
 
-def test_several_draws_share_a_image_and_spread_over_the_schedule(make: Make) -> None:
+def test_several_draws_share_an_image_and_spread_over_the_schedule(make: Make) -> None:
     config = make()
     settings = SampleSettings(0, 0.2, 0.02, 4, 8, draws=4)
     dataset = TrainingSet(open_source(config.data), range(6), config.data, settings)
