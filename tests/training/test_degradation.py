@@ -209,7 +209,7 @@ def test_one_range_of_a_pass_leaves_the_others_as_they_are() -> None:
     assert config.second == dataclasses.replace(SECOND_PASS, jpeg_quality=(30, 60))
 
 
-def test_a_image_too_small_for_the_scale_is_refused() -> None:
+def test_an_image_too_small_for_the_scale_is_refused() -> None:
     with pytest.raises(ImageError, match="at least 32"):
         degrade(Image.new("RGB", (20, 100)), DegradationConfig(), np.random.default_rng(0))
 
