@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..engine.restoration import Progress
 from ..errors import FaithDiffError, ImageError, SettingsError
 from ..images.reading import READ_SUFFIXES
 from ..images.writing import WRITE_SUFFIXES, check_output_name
 from .progress_line import ProgressLine
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage of the work, and how many units of it are done, of how many."""
 
 NAME_LIMIT = 255
 """Bytes of a file name, where the file system does not say how many it takes."""
@@ -232,18 +230,3 @@ def attempt(job: Job, work: Callable[[Job, Progress], Sequence[str]], report: Re
     if not quiet:
         sys.stdout.write(f"{label} -> {job.target}\n")
         sys.stdout.flush()
-
-
-def caption_beside(source: Path) -> str | None:
-    """The caption in NAME.txt beside an image, without the mark (BOM) that Windows' editor puts first; None without.
-
-    Raises:
-        SettingsError: the file is not UTF-8.
-    """
-    beside = source.with_suffix(".txt")
-    if not os.path.exists(beside):
-        return None
-    try:
-        return beside.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{beside.name} is no UTF-8 text. Save it as UTF-8.") from error

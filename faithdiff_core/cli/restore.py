@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..captions.trim import trim_caption
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.description import add_option, described, option
+from ..engine.restoration import ModelFiles, Progress, Restoration
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
-from ..images.geometry import check_positive, resize_lanczos, target_size
-from ..images.reading import load_image
-from ..images.writing import WRITE_SUFFIXES, check_output, save_image
-from .jobs import Job, Progress, Report, attempt, caption_beside, find_jobs, possible
+from ..images.geometry import check_positive
+from ..images.writing import WRITE_SUFFIXES
+from .jobs import Job, Report, attempt, find_jobs, possible
 
 if TYPE_CHECKING:
-    from ..engine import FaithDiffPipeline
-
-METADATA_KEY = "faithdiff"
-"""Entry of a result's metadata with all settings as JSON."""
+    pass
 
 _EXAMPLES = """
 examples:
@@ -121,17 +115,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FaithDiffError: bad arguments, or a model that cannot be loaded.
     """
-    settings = read_settings(args)
+    restoration = read_restoration(args)
     jobs = find_jobs(args.inputs, args.output, "." + args.format)
     todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
     report = Report(skipped=len(jobs) - len(todo))
     todo = possible(todo, report)
     code = 0
     if todo:
-        pipeline = _load_pipeline(args)
+        pipeline = restoration.files.load()
 
         def work(job: Job, progress: Progress) -> Sequence[str]:
-            return _restore(pipeline, job, args, settings, progress)
+            return restoration.restore(pipeline, job.source, job.target, progress)
 
         try:
             for number, job in enumerate(todo, start=1):
@@ -163,78 +157,23 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
     return RestoreSettings(**values)
 
 
-def _load_pipeline(args: argparse.Namespace) -> FaithDiffPipeline:
-    from ..engine import FaithDiffPipeline
+def read_restoration(args: argparse.Namespace) -> Restoration:
+    """What the command line asks to be done to every image.
 
-    pipeline = FaithDiffPipeline.from_files(
-        args.model,
-        args.faithdiff,
-        unet=args.unet,
-        config=args.config,
-        vae=args.vae,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        device=None if args.device == "auto" else args.device,
-        offload=args.offload,
-        scheduler=args.scheduler,
-    )
-    for path, weight in args.lora:
-        pipeline.load_lora(path, weight=weight)
-    return pipeline
-
-
-def _restore(
-    pipeline: FaithDiffPipeline,
-    job: Job,
-    args: argparse.Namespace,
-    settings: RestoreSettings,
-    progress: Progress,
-) -> Sequence[str]:
-    image = load_image(job.source)
-    height, width = target_size(*image.size, **_size_arguments(args))
-    check_output(job.target, height, width, transparent=image.alpha is not None)
-    prompt = caption_beside(job.source) if args.captions else None
-    if prompt is None:
-        prompt = args.prompt
-    elif args.trim_captions:
-        prompt = trim_caption(prompt)
-    result = pipeline(
-        image.colors.unsqueeze(0),
-        settings.changed(size=(height, width)),
-        prompt=prompt,
+    Raises:
+        SettingsError: a value is out of range.
+    """
+    names = ("model", "faithdiff", "unet", "config", "vae", "dtype", "device", "offload", "scheduler")
+    return Restoration(
+        files=ModelFiles(**{name: getattr(args, name) for name in names}, loras=tuple(args.lora)),
+        settings=read_settings(args),
+        size=_size_arguments(args),
+        prompt=args.prompt,
         negative_prompt=args.negative_prompt,
+        captions=args.captions,
+        trim_captions=args.trim_captions,
         seed=args.seed,
-        progress=progress,
     )
-    alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
-    text = {"Software": _software(), METADATA_KEY: json.dumps(_recipe(job, args, settings, prompt, height, width))}
-    save_image(job.target, replace(image, colors=result[0], alpha=alpha), text=text)
-    return image.notes
-
-
-def _recipe(
-    job: Job, args: argparse.Namespace, settings: RestoreSettings, prompt: str, height: int, width: int
-) -> dict[str, Any]:
-    """What it takes to make a result again, without folders: results travel."""
-    files = {name: path.name for name in ("model", "faithdiff", "unet", "vae") if (path := getattr(args, name))}
-    return {
-        "source": job.source.name,
-        "width": width,
-        "height": height,
-        "prompt": prompt,
-        "negative_prompt": args.negative_prompt,
-        "seed": args.seed,
-        **settings.method(),
-        "scheduler": args.scheduler,
-        "dtype": args.dtype,
-        **files,
-        "loras": [[path.name, weight] for path, weight in args.lora],
-    }
-
-
-def _software() -> str:
-    from .. import __version__
-
-    return f"FaithDiff {__version__}"
 
 
 def _size_arguments(args: argparse.Namespace) -> dict[str, Any]:

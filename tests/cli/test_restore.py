@@ -20,7 +20,7 @@ from PIL import Image
 from faithdiff_core.cli import COMMANDS, main
 from faithdiff_core.cli import restore as restore_command
 from faithdiff_core.cli.jobs import Job, find_jobs
-from faithdiff_core.engine import RestoreSettings
+from faithdiff_core.engine import RestoreSettings, restoration
 from faithdiff_core.engine.description import option
 from faithdiff_core.errors import SettingsError
 from faithdiff_core.images.geometry import resize_lanczos
@@ -177,7 +177,7 @@ class TestRestore:
                 raise KeyboardInterrupt
             return load_image(path)
 
-        monkeypatch.setattr(restore_command, "load_image", load_until_stopped)
+        monkeypatch.setattr(restoration, "load_image", load_until_stopped)
         assert main(["restore", str(tmp_path / "*.png"), "-o", str(tmp_path / "out"), *model]) == 130
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.png"]
         assert capsys.readouterr().out.splitlines()[-1].startswith("1 restored")

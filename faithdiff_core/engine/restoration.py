@@ -1,0 +1,179 @@
+"""One run over many images: which models, which settings, and what is done to each file.
+
+A `Restoration` is plain data, so it can be handed to another process or machine. An image's result depends on it and
+on the image alone, never on where or when the image is restored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..captions.files import caption_beside
+from ..captions.trim import trim_caption
+from ..images.geometry import resize_lanczos, target_size
+from ..images.reading import load_image
+from ..images.writing import check_output, save_image
+from .settings import RestoreSettings
+
+if TYPE_CHECKING:
+    from .pipeline import FaithDiffPipeline
+
+METADATA_KEY = "faithdiff"
+"""Entry of a result's metadata with all settings as JSON."""
+
+Progress = Callable[[str, int, int], None]
+"""Told the stage of the work, and how many units of it are done, of how many."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The models of a run; see `FaithDiffPipeline.from_files`.
+
+    Attributes:
+        model, faithdiff, unet, config, vae: files and folders.
+        loras: LoRA files with their strengths.
+        dtype: `fp32`, `bf16`, `fp16` or `auto`.
+        device: a device's name or `auto`.
+        offload, scheduler: by name.
+    """
+
+    model: Path
+    faithdiff: Path
+    unet: Path | None = None
+    config: Path | None = None
+    vae: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    dtype: str = "auto"
+    device: str = "auto"
+    offload: Any = "none"
+    scheduler: str = "euler"
+
+    def load(self) -> FaithDiffPipeline:
+        """Load them.
+
+        Raises:
+            FaithDiffError: a file is missing or not what it should be, or a setting is unknown.
+        """
+        from .pipeline import FaithDiffPipeline
+
+        pipeline = FaithDiffPipeline.from_files(
+            self.model,
+            self.faithdiff,
+            unet=self.unet,
+            config=self.config,
+            vae=self.vae,
+            dtype=None if self.dtype == "auto" else self.dtype,
+            device=None if self.device == "auto" else self.device,
+            offload=self.offload,
+            scheduler=self.scheduler,
+        )
+        for path, weight in self.loras:
+            pipeline.load_lora(path, weight=weight)
+        return pipeline
+
+    def recorded(self) -> dict[str, Any]:
+        """What is written into results: names without folders, since results travel."""
+        names = ("model", "faithdiff", "unet", "vae")
+        return {
+            "scheduler": self.scheduler,
+            "dtype": self.dtype,
+            **{name: path.name for name in names if (path := getattr(self, name)) is not None},
+            "loras": [[path.name, weight] for path, weight in self.loras],
+        }
+
+
+@dataclass(frozen=True)
+class Restoration:
+    """What is done to every image of a run.
+
+    Attributes:
+        files: the models.
+        settings: how an image is restored, without its size.
+        size: one of `scale`, `longest_side` and `megapixels` with its value, as `target_size` takes it.
+        prompt, negative_prompt: texts for every image.
+        captions: take the prompt from NAME.txt beside each image where there is one.
+        trim_captions: trim these as the published code does.
+        seed: the same for every image.
+    """
+
+    files: ModelFiles
+    settings: RestoreSettings = field(default_factory=RestoreSettings)
+    size: dict[str, Any] = field(default_factory=lambda: {"scale": RestoreSettings().scale})
+    prompt: str = ""
+    negative_prompt: str = ""
+    captions: bool = False
+    trim_captions: bool = False
+    seed: int = 0
+
+    def restore(
+        self, pipeline: FaithDiffPipeline, source: Path, target: Path, progress: Progress | None = None
+    ) -> Sequence[str]:
+        """Restore one file.
+
+        Args:
+            pipeline: from `files.load()`.
+            source: an image; its caption is looked for beside it.
+            target: where the result goes; never there in part.
+            progress: see `FaithDiffPipeline`.
+
+        Returns:
+            Notes for the user about the image.
+
+        Raises:
+            FaithDiffError: the image or its caption cannot be read, or the result cannot be written as the name says.
+        """
+        image = load_image(source)
+        height, width = target_size(*image.size, **self.size)
+        check_output(target, height, width, transparent=image.alpha is not None)
+        prompt = self.prompt_for(source)
+        result = pipeline(
+            image.colors.unsqueeze(0),
+            self.settings.changed(size=(height, width)),
+            prompt=prompt,
+            negative_prompt=self.negative_prompt,
+            seed=self.seed,
+            progress=progress,
+        )
+        alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
+        recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
+        text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
+        save_image(target, replace(image, colors=result[0], alpha=alpha), text=text)
+        return image.notes
+
+    def prompt_for(self, source: Path) -> str:
+        """The prompt of one image: its caption where captions are asked for and it has one.
+
+        Raises:
+            SettingsError: the caption is not UTF-8.
+        """
+        caption = caption_beside(source) if self.captions else None
+        if caption is None:
+            return self.prompt
+        return trim_caption(caption) if self.trim_captions else caption
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits that change with anything that changes results."""
+        facts = {**self._shared(), "prompt": self.prompt, "size": self.size, "captions": self.captions}
+        facts["trim_captions"] = self.trim_captions
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _shared(self) -> dict[str, Any]:
+        """What every result records."""
+        return {
+            "negative_prompt": self.negative_prompt,
+            "seed": self.seed,
+            **self.settings.method(),
+            **self.files.recorded(),
+        }
+
+
+def _software() -> str:
+    from .. import __version__
+
+    return f"FaithDiff {__version__}"
