@@ -12,6 +12,7 @@ from torch import Tensor
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning, make_scheduler
 from faithdiff_core.images.color import fix_colors
 from faithdiff_core.sampling.schedule import DEFAULT_CFG, StartPoint
+from faithdiff_core.sdxl import tile_time_ids
 from faithdiff_core.tiling.grid import TileGrid, gaussian_weights
 
 from . import models
@@ -269,7 +270,8 @@ def published_sample(
             for one, own in zip(grid.tiles, schedulers, strict=True):
                 latent = one.crop(x)
                 crop[:] = [one.crop(features).to(device, dtype).repeat(2, 1, 1, 1)]
-                time_ids = torch.tensor([grid.time_ids(one)] * 2, device=device, dtype=dtype)
+                ids = tile_time_ids(grid.height, grid.width, one.top, one.left, grid.tile_pixels)
+                time_ids = torch.tensor([ids] * 2, device=device, dtype=dtype)
                 eps = pipeline.sdxl.unet(
                     own.scale_model_input(latent.repeat(2, 1, 1, 1), t).to(dtype),
                     t,

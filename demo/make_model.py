@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from faithdiff_core.cli.train import read_config
 from faithdiff_core.images.color import wavelet
-from faithdiff_core.sampling.schedule import TRAIN_STEPS, VAE_SCALING_FACTOR, alphas_cumprod
+from faithdiff_core.sampling.schedule import alphas_cumprod
+from faithdiff_core.sdxl import TRAIN_STEPS, VAE_SCALING_FACTOR
 from faithdiff_core.training.data import list_images, open_image
 from faithdiff_core.training.loop import train
 from faithdiff_core.training.model import time_ids

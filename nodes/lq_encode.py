@@ -6,7 +6,8 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..faithdiff_core.errors import ImageError
-from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR, check_tile_size
+from ..faithdiff_core.sdxl import VAE_SCALE_FACTOR
+from ..faithdiff_core.tiling.grid import check_tile_size
 from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeatures, LQFeaturesType
 from .bridge.model_loading import encode_lq
 from .errors import named_errors

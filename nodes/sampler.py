@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..faithdiff_core.errors import NotFiniteError, SettingsError
 from ..faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
-from ..faithdiff_core.tiling.grid import VAE_SCALE_FACTOR
+from ..faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from .bridge.alignment_patch import find_patch
 from .bridge.graph_types import LQCondition, LQFeatures, LQFeaturesType
 from .bridge.sampling_run import Tiling, set_up_run

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..errors import SettingsError
 from ..images.geometry import check_positive
-from ..tiling.grid import MAX_OVERLAP, MIN_TILE, VAE_SCALE_FACTOR, check_overlap, check_tile_size
+from ..sdxl import VAE_SCALE_FACTOR
+from ..tiling.grid import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
 
 _KEY = "description"
 

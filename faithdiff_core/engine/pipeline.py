@@ -1,48 +1,40 @@
 """The pipeline: images in, restored images out.
 
 Data flows one way: the enlarged image goes through the LQ encoder (features) and the VAE (the `lr` start), the
-sampling loop works on the latent with the features cropped and embedded tile by tile, and the VAE decodes what comes
-out.
+sampling loop works on the latent with the features cropped and embedded tile by tile, and the VAE decodes the result.
 Features of whole images stay in main memory; a tile at a time goes to the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import NotFiniteError, SettingsError, WeightsError
+from ..errors import SettingsError, WeightsError
 from ..images.color import fix_colors
 from ..images.geometry import crop_to, pad_to_multiple, resize_lanczos
 from ..models.alignment import Alignment
-from ..models.condition import ConditionEmbedder
-from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
+from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
-from ..tiling.grid import VAE_SCALE_FACTOR, Tile, TileGrid
-from ..vae.decoder_stages import parts_from_diffusers
-from ..vae.tiled_decode import decode_tiled
+from ..sdxl import VAE_SCALE_FACTOR
 from ..weights.faithdiff_file import read_faithdiff
-from .alignment_hook import AlignmentHook
 from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
-from .schedulers import fresh_scheduler, initial_latent, make_scheduler
+from .schedulers import make_scheduler
 from .settings import RestoreSettings, as_list, one_seed_each, one_text_each, same_size
+from .stages import Progress, Stages
 from .text import TextConditioning
 
 CONDITION_BUDGET = 2**30
 """Bytes of embedded conditions kept on the device across steps: a hundred tiles of 1024 px in half precision."""
 
-Progress = Callable[[str, int, int], None]
-"""Called as progress(stage, done, total); stages are `encode`, `sample` and `decode`. It may raise to cancel."""
-
 Restored = Tensor | list[Tensor]
 
 
-class FaithDiffPipeline:
+class FaithDiffPipeline(Stages):
     """FaithDiff on top of diffusers' SDXL pipeline.
 
     The alignment joins the U-Net by a forward hook on `conv_in`, which is there during sampling only; everything else,
@@ -156,12 +148,6 @@ class FaithDiffPipeline:
         sdxl = load_sdxl(model, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
         sdxl.scheduler = chosen
         return cls(sdxl, lq_encoder, alignment, device=device, offload=offload)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the U-Net computes in."""
-        dtype: torch.dtype = self.sdxl.unet.dtype
-        return dtype
 
     def load_lora(self, path: str | Path, weight: float = 1.0, adapter_name: str | None = None) -> None:
         """Add a LoRA file; several add up.
@@ -297,262 +283,3 @@ class FaithDiffPipeline:
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])
         return fix_colors(restored, enlarged, settings.color_fix).clamp(0, 1)
-
-    @torch.no_grad()
-    def encode_text(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
-    ) -> TextConditioning:
-        """Encode texts with the checkpoint's two text encoders.
-
-        An empty negative prompt is encoded too, as FaithDiff was published. (SDXL pipelines take zeros for a negative
-        prompt that is absent.)
-
-        Args:
-            prompts: one for each image.
-            negative_prompts: as many; empty ones unless told.
-            guided: whether guidance needs the negative ones.
-        """
-        negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)
-        embeds, negative_embeds, pooled, negative_pooled = self.sdxl.encode_prompt(
-            prompt=list(prompts),
-            negative_prompt=negative,
-            device=self.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=guided,
-        )
-        self.sdxl.maybe_free_model_hooks()
-        return TextConditioning(embeds, pooled, negative_embeds, negative_pooled)
-
-    def encode_lq(
-        self,
-        pixels: Tensor,
-        tile: int | None = ENCODER_TILE,
-        overlap: float = ENCODER_OVERLAP,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Features of low-quality images of the result's size.
-
-        Args:
-            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8; features are kept on its device.
-            tile, overlap, progress: see `LQEncoder.encode` and `Progress`.
-
-        Returns:
-            (B, C, H / 8, W / 8), on the device of `pixels`.
-        """
-        with self._on_device(self.lq_encoder):
-            return self.lq_encoder.encode(pixels, tile, overlap, _staged(progress, "encode"), device=self.device)
-
-    @torch.no_grad()
-    def encode_latent(self, pixels: Tensor, tile: int | None = None) -> Tensor:
-        """The VAE's latent of images, times its scaling factor: the mean of the distribution, so no chance is in it.
-
-        Args:
-            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8.
-            tile: tile side in pixels; None encodes in one piece.
-
-        Returns:
-            (B, 4, H / 8, W / 8), float32, on the device that computes.
-
-        Raises:
-            NotFiniteError: the VAE overflows in half precision.
-        """
-        vae = self.sdxl.vae
-        rows = []
-        with _encoding_in_tiles(vae, tile):
-            for image in pixels.split(1):
-                mean = vae.encode(image.to(self.device, vae.dtype)).latent_dist.mean
-                rows.append(self._finite(mean.float(), "encoding"))
-        self.sdxl.maybe_free_model_hooks()
-        return torch.cat(rows) * vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, latent: Tensor, tile: int | None = None, progress: Progress | None = None) -> Tensor:
-        """Decode latents to images, one by one.
-
-        Args:
-            latent: (B, 4, h, w), as `sample` gives it.
-            tile: tile side in pixels; None decodes in one piece. Tiles share their statistics, so no seams or shifts
-                of colour come from them.
-            progress: see `Progress`.
-
-        Returns:
-            RGB in [0, 1], (B, 3, 8 h, 8 w), float32, on the CPU.
-
-        Raises:
-            NotFiniteError: the VAE overflows in half precision.
-        """
-        vae = self.sdxl.vae
-        staged = _staged(progress, "decode")
-        out = []
-        for i, row in enumerate(latent.split(1)):
-            z = row.to(self.device, vae.dtype) / vae.config.scaling_factor
-            decoded = vae.decode(z, return_dict=False)[0] if tile is None else self._decode_in_tiles(z, tile, staged)
-            out.append(self._finite(decoded.float().cpu(), "decoding"))
-            if staged is not None and tile is None:
-                staged(i + 1, latent.shape[0])
-        self.sdxl.maybe_free_model_hooks()
-        return (torch.cat(out) / 2 + 0.5).clamp(0, 1)
-
-    def _decode_in_tiles(self, z: Tensor, tile: int, progress: Callable[[int, int], None] | None) -> Tensor:
-        vae = self.sdxl.vae
-        if self.offload == "model":
-            # The decoder's layers are called one by one, past the VAE's own entrance, where its hook would move it.
-            vae._hf_hook.pre_forward(vae)
-        try:
-            return decode_tiled(
-                parts_from_diffusers(vae), z, tile=tile, device=self.device, dtype=vae.dtype, progress=progress
-            )
-        except NotFiniteError as error:
-            raise self._overflow("decoding") from error
-
-    @torch.no_grad()
-    def sample(
-        self,
-        features: Tensor | None,
-        text: TextConditioning,
-        noise: Tensor,
-        settings: RestoreSettings | None = None,
-        *,
-        lq_latent: Tensor | None = None,
-        generators: list[torch.Generator] | None = None,
-        progress: Progress | None = None,
-        **overrides: Any,
-    ) -> Tensor:
-        """Run the sampling loop on latents of one size.
-
-        At every step all tiles of all images go through the U-Net, their predictions are merged into one of the whole
-        latent, and the scheduler steps that once. For the published Euler sampler this equals stepping every tile and
-        merging the results, and any other scheduler sees one consistent trajectory.
-
-        Args:
-            features: from `encode_lq`, (B, C, h, w), on any device; None only at strength 0.
-            text: one row, or one for each image.
-            noise: standard normal, (B, 4, h, w).
-            settings: how to sample. Defaults to the published settings.
-            lq_latent: from `encode_latent`, for the start `lr`.
-            generators: one for each image, for schedulers that add noise on the way.
-            progress: called after each U-Net call.
-            **overrides: single settings by name, which replace those of `settings`.
-
-        Returns:
-            (B, 4, h, w), float32, on the device that computes.
-
-        Raises:
-            SettingsError: a setting out of range, or features, latents or text of other sizes.
-            TypeError: an override that is not a setting.
-            NotFiniteError: the U-Net overflows in half precision.
-        """
-        settings = (settings or RestoreSettings()).changed(**overrides)
-        strength, cfg = settings.strength, settings.cfg
-        batch, _, height, width = noise.shape
-        if strength and (features is None or features.shape[0] != batch or features.shape[-2:] != noise.shape[-2:]):
-            got = "none" if features is None else tuple(features.shape)
-            raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
-        guided = cfg > 1
-        dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
-        text = text.rows(batch, guided, self.device, dtype)
-        grid = TileGrid(height, width, settings.tile, settings.overlap)
-        jobs = [(image, part) for part in grid.tiles for image in range(batch)]
-        groups = [jobs[i : i + settings.tile_batch] for i in range(0, len(jobs), settings.tile_batch)]
-        seeds = [generator.initial_seed() for generator in generators] if generators else None
-        scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
-        scheduler.set_timesteps(settings.steps, device=self.device)
-        x = initial_latent(
-            scheduler,
-            settings.start,
-            noise.to(self.device, torch.float32),
-            None if lq_latent is None else lq_latent.to(self.device, torch.float32),
-        )
-        extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
-        hook = AlignmentHook(self.alignment, strength)
-        embedder = ConditionEmbedder(self.alignment, self.condition_budget)
-        done, total = 0, len(scheduler.timesteps) * len(groups)
-        with self._on_device(self.alignment), hook.on(self.sdxl.unet):
-            for t in scheduler.timesteps:
-                model_input = scheduler.scale_model_input(x, t)
-                prediction = torch.zeros_like(x)
-                for group in groups:
-                    if strength:
-                        assert features is not None
-                        hook.condition = embedder(features, group, self.device, dtype)
-                    eps = self._predict(model_input, t, group, text, grid, dtype)
-                    if guided:
-                        negative, positive = eps.chunk(2)
-                        eps = negative + cfg * (positive - negative)
-                    for (image, part), row in zip(group, eps, strict=True):
-                        grid.merge(prediction[image], part, row)
-                    done += 1
-                    if progress is not None:
-                        progress("sample", done, total)
-                x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
-        if not torch.isfinite(x).all():
-            raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
-        return x
-
-    def _predict(
-        self,
-        model_input: Tensor,
-        t: Tensor,
-        group: Sequence[tuple[int, Tile]],
-        text: TextConditioning,
-        grid: TileGrid,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """The U-Net's output for some tiles, float32; with guidance, the negative half comes first."""
-        inputs = [image for image, _ in group]
-        embeds, pooled = text.guided_rows(inputs)
-        copies = len(embeds) // len(group)
-        latents = torch.cat([tile.crop(model_input[image : image + 1]) for image, tile in group])
-        time_ids = torch.tensor([grid.time_ids(tile) for _, tile in group], device=self.device, dtype=dtype)
-        prediction: Tensor = self.sdxl.unet(
-            latents.to(dtype).repeat(copies, 1, 1, 1),
-            t,
-            encoder_hidden_states=embeds,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids.repeat(copies, 1)},
-            return_dict=False,
-        )[0]
-        return prediction.float()
-
-    @contextmanager
-    def _on_device(self, module: nn.Module) -> Iterator[None]:
-        """Keep one of FaithDiff's own parts on the device while it is used; with offloading, not longer."""
-        module.to(self.device)
-        try:
-            yield
-        finally:
-            if self.offload != "none":
-                module.to("cpu")
-
-    def _finite(self, x: Tensor, what: str) -> Tensor:
-        if torch.isfinite(x).all():
-            return x
-        raise self._overflow(what)
-
-    def _overflow(self, what: str) -> NotFiniteError:
-        return NotFiniteError(
-            f"The VAE gave values that are not finite while {what} in {self.sdxl.vae.dtype}. SDXL's own VAE overflows "
-            f"in half precision: give `vae` the fp16-fix VAE (sdxl-vae-fp16-fix), or choose dtype bf16 or fp32."
-        )
-
-
-@contextmanager
-def _encoding_in_tiles(vae: Any, tile: int | None) -> Iterator[None]:
-    """Let diffusers encode in tiles within a `with` block; the VAE's settings are as before afterwards."""
-    if tile is None:
-        yield
-        return
-    names = ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")
-    before = [getattr(vae, name) for name in names]
-    try:
-        for name, value in zip(names, (True, tile, tile // VAE_SCALE_FACTOR), strict=True):
-            setattr(vae, name, value)
-        yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(vae, name, value)
-
-
-def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..sampling.schedule import BETA_END, BETA_START, TRAIN_STEPS, StartPoint, start_latent
+from ..sampling.schedule import StartPoint, start_latent
+from ..sdxl import BETA_END, BETA_START, TRAIN_STEPS
 
 PUBLISHED_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": TRAIN_STEPS,
@@ -111,3 +112,21 @@ def initial_latent(scheduler: Any, start: StartPoint | str, noise: Tensor, lq_la
     # How the scheduler scales the U-Net's input tells its space. The loop's first call is the same one.
     scale = float(scheduler.scale_model_input(torch.ones(1), first))
     return x if scale != 1.0 else x / (sigma**2 + 1) ** 0.5
+
+
+def run_scheduler(scheduler: Any, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, **extra: Any) -> Tensor:
+    """The sampling loop.
+
+    Args:
+        scheduler: its `set_timesteps` has been called.
+        denoise: called as denoise(model input, t); predicts what the scheduler expects of a model.
+        x: from `initial_latent`.
+        **extra: further arguments of the scheduler's `step`, such as a generator.
+
+    Returns:
+        The sampled latent, of x's shape.
+    """
+    for t in scheduler.timesteps:
+        prediction = denoise(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
+    return x

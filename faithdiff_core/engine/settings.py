@@ -13,7 +13,8 @@ from ..errors import SettingsError
 from ..images.color import ColorFix
 from ..images.geometry import target_size
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
-from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, TRAIN_STEPS, StartPoint
+from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
+from ..sdxl import TRAIN_STEPS
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
 from .description import choice, described, factor, overlap_fraction, plain, real, tile_side, whole
 

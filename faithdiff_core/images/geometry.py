@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SettingsError
-from ..tiling.grid import VAE_SCALE_FACTOR
+from ..sdxl import VAE_SCALE_FACTOR
 from .reading import MAX_PIXELS
 
 LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}

@@ -13,21 +13,13 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-
-TRAIN_STEPS = 1000
-"""Number of training time steps of SDXL."""
-
-BETA_START, BETA_END = 0.00085, 0.012
-"""Ends of SDXL's scaled-linear beta schedule."""
+from ..sdxl import BETA_END, BETA_START, TRAIN_STEPS
 
 DEFAULT_STEPS = 20
 """The authors' choice between quality and fidelity (supplement, table 10)."""
 
 DEFAULT_CFG = 5.0
 """Guidance scale; the authors' choice (supplement, table 10)."""
-
-VAE_SCALING_FACTOR = 0.13025
-"""SDXL's scaling factor: what the VAE's latent is multiplied with before the U-Net sees it."""
 
 
 class StartPoint(str, Enum):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-from .grid import VAE_SCALE_FACTOR, check_overlap, tile_stride
+from ..sdxl import VAE_SCALE_FACTOR
+from .grid import check_overlap, tile_stride
 
 
 @dataclass(frozen=True)

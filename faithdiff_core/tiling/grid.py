@@ -7,7 +7,7 @@ pixels; one latent unit is 8 pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SettingsError
-
-VAE_SCALE_FACTOR = 8
-"""Pixels per latent unit along each side in SDXL."""
+from ..sdxl import VAE_SCALE_FACTOR
 
 MIN_TILE = 64
 """Smallest tile side in pixels: 8 latent units, of which the U-Net's lowest level sees 2."""
@@ -97,16 +95,13 @@ def gaussian_weights(height: int, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile of a latent, in latent units.
+    """A rectangle of a latent, in latent units.
 
     Attributes:
-        row, column: place in the grid, counted from 0.
-        top, left: position of the tile's first row and column.
-        height, width: size; smaller than the tile size where the latent is.
+        top, left: position of its first row and column.
+        height, width: its size; smaller than the tile size where the latent is.
     """
 
-    row: int
-    column: int
     top: int
     left: int
     height: int
@@ -132,12 +127,22 @@ class TileGrid:
         height, width: the latent's size in latent units.
         tile: tile side in pixels, a multiple of 8 from 64.
         overlap: real overlap, 0 to 0.9.
+        rows, columns: first positions of the tiles along each side, which must cover it. Default to the published ones.
 
     Raises:
         SettingsError: a size or an overlap out of range.
     """
 
-    def __init__(self, height: int, width: int, tile: int = TILE_SIZE, overlap: float = TILE_OVERLAP) -> None:
+    def __init__(
+        self,
+        height: int,
+        width: int,
+        tile: int = TILE_SIZE,
+        overlap: float = TILE_OVERLAP,
+        *,
+        rows: Sequence[int] | None = None,
+        columns: Sequence[int] | None = None,
+    ) -> None:
         if height < 1 or width < 1:
             raise SettingsError(f"A latent of {height} x {width} has no pixels to make tiles of.")
         self.height, self.width = height, width
@@ -146,18 +151,16 @@ class TileGrid:
         self.overlap = check_overlap(overlap)
         stride = tile_stride(self.tile, self.overlap)
         self.tile_height, self.tile_width = min(self.tile, height), min(self.tile, width)
-        self.rows = tile_starts(height, self.tile, stride)
-        self.columns = tile_starts(width, self.tile, stride)
+        self.rows = tile_starts(height, self.tile, stride) if rows is None else list(rows)
+        self.columns = tile_starts(width, self.tile, stride) if columns is None else list(columns)
+        self._row_index = {start: i for i, start in enumerate(self.rows)}
+        self._column_index = {start: i for i, start in enumerate(self.columns)}
         self._windows: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def tiles(self) -> tuple[Tile, ...]:
         """All tiles, row by row."""
-        return tuple(
-            Tile(i, j, top, left, self.tile_height, self.tile_width)
-            for i, top in enumerate(self.rows)
-            for j, left in enumerate(self.columns)
-        )
+        return tuple(Tile(top, left, self.tile_height, self.tile_width) for top in self.rows for left in self.columns)
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -168,21 +171,6 @@ class TileGrid:
             raise SettingsError(f"A batch of tiles needs at least one tile, got {size}.")
         for start in range(0, len(self.tiles), size):
             yield self.tiles[start : start + size]
-
-    def time_ids(self, tile: Tile) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size conditioning of a tile as FaithDiff was published with it.
-
-        Original size: the padded image's (height, width) in pixels. Crop: the tile's (row, column) in latent units.
-        Target size: (tile, tile) in pixels, even where the image is smaller.
-        """
-        return (
-            self.height * VAE_SCALE_FACTOR,
-            self.width * VAE_SCALE_FACTOR,
-            tile.top,
-            tile.left,
-            self.tile_pixels,
-            self.tile_pixels,
-        )
 
     @cached_property
     def _row_weights(self) -> Tensor:
@@ -196,12 +184,12 @@ class TileGrid:
         self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """Merge weights of a tile, (height, width); over all tiles they add up to 1 at every position."""
-        # A grid's windows go to the device once: a copy for each tile would have it wait for the processor.
+        # A grid's windows go to the device once: a copy for each tile would have it wait for the CPU.
         place = (torch.device(device or "cpu"), dtype)
         if place not in self._windows:
             self._windows[place] = (self._row_weights.to(*place), self._column_weights.to(*place))
         rows, columns = self._windows[place]
-        return torch.outer(rows[tile.row], columns[tile.column])
+        return torch.outer(rows[self._row_index[tile.top]], columns[self._column_index[tile.left]])
 
     def merge(self, out: Tensor, tile: Tile, result: Tensor) -> None:
         """Add a tile's weighted result to `out`, in place.

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
 from ..images.reading import READ_SUFFIXES, load_image
-from ..sampling.schedule import TRAIN_STEPS
+from ..sdxl import TRAIN_STEPS
 from .config import DataConfig
 from .degradation import degrade, to_image, to_tensor
 

@@ -20,6 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...faithdiff_core.errors import SettingsError
+from ...faithdiff_core.sdxl import tile_time_ids
 from ...faithdiff_core.tiling.grid import Tile, TileGrid
 from .alignment_patch import find_patch, patch_among
 from .graph_types import CONDITION_KEY, LQCondition
@@ -103,7 +104,7 @@ def calc_cond_batch(
         "control" in cond or "c_concat" in cond["model_conds"] for group in conds for cond in group or ()
     )
     if run.tiling is None:
-        call = run.calling(_call_conditions(active, conds, (Tile(0, 0, 0, 0, height, width),)), copies_equal)
+        call = run.calling(_call_conditions(active, conds, (Tile(0, 0, height, width),)), copies_equal)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
     grid = run.tiling.grid(height, width)
@@ -224,7 +225,7 @@ def _seen(tile: Tile, area: Sequence[int] | None) -> Tile:
         return tile
     height, width, top, left = area
     size = min(height, tile.height - top), min(width, tile.width - left)
-    return Tile(tile.row, tile.column, tile.top + top, tile.left + left, *size)
+    return Tile(tile.top + top, tile.left + left, *size)
 
 
 def _tiles_per_call(model: BaseModel, tiling: Tiling, grid: TileGrid, conds: Conds, x_in: Tensor) -> int:
@@ -304,7 +305,8 @@ def _tile_size_conditioning(model: BaseModel, y: Tensor, grid: TileGrid, tiles: 
     """
     out = []
     for tile in tiles:
-        embedded = model.embedder(torch.tensor(grid.time_ids(tile), dtype=torch.float32)).flatten()
+        ids = tile_time_ids(grid.height, grid.width, tile.top, tile.left, grid.tile_pixels)
+        embedded = model.embedder(torch.tensor(ids, dtype=torch.float32)).flatten()
         embedded = embedded.to(y).expand(y.shape[0], -1)
         out.append(torch.cat([y[:, : y.shape[1] - embedded.shape[1]], embedded], dim=1))
     if len(out) == 1:

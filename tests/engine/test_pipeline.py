@@ -113,7 +113,7 @@ def test_alignment_runs_once_for_both_guidance_halves(
     pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning
 ) -> None:
     rows: list[tuple[int, int]] = []
-    alignment = pipeline.alignment.register_forward_hook(lambda _m, args, _o: rows.append((len(args[0]), 0)))
+    alignment = pipeline.alignment.blocks[0].register_forward_hook(lambda _m, args, _o: rows.append((len(args[0]), 0)))
     unet = pipeline.sdxl.unet.register_forward_hook(lambda _m, args, _o: rows.append((0, len(args[0]))))
     try:
         sample(pipeline, golden, text, [0], 4)
@@ -569,6 +569,24 @@ def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Any) -> None:
         pipeline.sdxl.vae.encoder.conv_in.bias.fill_(float("inf"))
     with pytest.raises(NotFiniteError, match=r"while encoding in torch.float32.*fp16-fix"):
         pipeline(photo(16, 16)[None], **QUICK)
+
+
+def test_overflowing_lq_encoder_is_named(tiny_sdxl: Path, golden: Any) -> None:
+    pipeline = load(tiny_sdxl, golden, dtype="fp16")
+    with torch.no_grad():
+        pipeline.lq_encoder.mid_block.resnets[1].conv2.bias.fill_(6e4).mul_(6e4)
+    with pytest.raises(NotFiniteError, match=r"LQ encoder's features are not finite .* in float16. Compute in bf16"):
+        pipeline.encode_lq(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_decode_progress_counts_over_the_batch(pipeline: FaithDiffPipeline, tile: int | None) -> None:
+    counts: list[tuple[int, int]] = []
+    latent = torch.randn((3, 4, 10, 12), generator=torch.Generator().manual_seed(0))
+    together = pipeline.decode(latent, tile, lambda _stage, done, total: counts.append((done, total)))
+    assert counts == sorted(counts)
+    assert counts[-1][0] == counts[-1][1] >= 3
+    assert close(together[1:2], pipeline.decode(latent[1:2], tile))
 
 
 def test_sdxls_own_vae_stays_in_full_precision(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:

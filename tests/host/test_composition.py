@@ -333,7 +333,7 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
             first, last = max(left - tile.left, 0), min(left + width - tile.left, tile.width)
             if first >= last:
                 continue
-            part = Tile(0, 0, tile.top, tile.left + first, tile.height, last - first)
+            part = Tile(tile.top, tile.left + first, tile.height, last - first)
             positive = [[e[0], {**e[1], "crop_w": tile.left}] for e in area_conds(which, part)[0]]
             result = sample(
                 setup,

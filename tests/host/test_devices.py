@@ -35,7 +35,7 @@ def test_every_device_has_its_own_budget(host: Host, setup: Setup) -> None:
     patching = host.pack_module("nodes.bridge.alignment_patch")
     alignment = patching.find_patch(setup.model).alignment
     condition = host.pack_module("nodes.bridge.sampling_run").CallCondition(
-        setup.features(images(64, 64, seed=1)), (Tile(0, 0, 0, 0, 8, 8),), 1.0
+        setup.features(images(64, 64, seed=1)), (Tile(0, 0, 8, 8),), 1.0
     )
     seen: list[str] = []
     embedding = alignment.model.condition_embedding
@@ -90,7 +90,7 @@ def test_two_devices_in_two_threads(host: Host, setup: Setup) -> None:
             errors.append(error)
             inside.abort()
 
-    small, large = Tile(0, 0, 0, 0, 8, 8), Tile(0, 0, 0, 2, 8, 10)
+    small, large = Tile(0, 0, 8, 8), Tile(0, 2, 8, 10)
     arguments = [("first", "cpu", small, 0.5), ("second", "meta", large, 1.0)]
     threads = [threading.Thread(target=call, args=each) for each in arguments]
     for thread in threads:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from faithdiff_core import SettingsError, TileGrid, gaussian_weights
+from faithdiff_core.sdxl import tile_time_ids
 from faithdiff_core.tiling.blend import Span, composite, composite_spans
 from faithdiff_core.tiling.grid import tile_starts, tile_stride
 
@@ -40,7 +41,8 @@ def test_grid(size: tuple[int, int], tile: int, overlap: float) -> None:
         assert (place.height, place.width) == (min(latent, size[0]), min(latent, size[1]))
         assert place.crop(covered).shape == (place.height, place.width)
         place.crop(covered).add_(1)
-        assert grid.time_ids(place) == (size[0] * 8, size[1] * 8, place.top, place.left, tile, tile)
+        ids = tile_time_ids(*size, place.top, place.left, grid.tile_pixels)
+        assert ids == (size[0] * 8, size[1] * 8, place.top, place.left, tile, tile)
     assert covered.min() >= 1
     assert len(grid.tiles) == len(grid) == len(grid.rows) * len(grid.columns)
     assert [(t.top, t.left) for t in grid.tiles] == sorted((t.top, t.left) for t in grid.tiles)

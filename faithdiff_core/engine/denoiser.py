@@ -1,0 +1,125 @@
+"""The denoiser: from noisy latents of any size to the predicted noise, tile by tile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import SettingsError
+from ..models.alignment import Alignment
+from ..models.condition import ConditionEmbedder
+from ..sdxl import tile_time_ids
+from ..tiling.grid import Tile, TileGrid
+from .alignment_hook import AlignmentHook
+from .settings import RestoreSettings
+from .text import TextConditioning
+
+Place = tuple[int, Tile]
+"""Index of an image, and a part of its latent."""
+
+
+class TiledDenoiser:
+    """Predicts the noise of whole latents with the U-Net, the alignment, guidance and tiles.
+
+    Called as denoiser(x, t). All tiles of all images go through the U-Net, in groups of `tile_batch`, and their
+    predictions are merged into one of the whole latent. A sampler that steps the whole latent with it therefore sees
+    one consistent trajectory; for the published Euler sampler this equals stepping every tile and merging the results.
+
+    The alignment's hook has to be on the U-Net during the calls: `with denoiser.hook.on(unet)`.
+
+    Args:
+        unet: diffusers' `UNet2DConditionModel`.
+        alignment: FaithDiff's alignment, on the U-Net's device.
+        features: of the LQ encoder, (B, C, h, w), on any device; None at strength 0.
+        text: one row, or one for each image.
+        settings: `tile`, `overlap`, `tile_batch`, `cfg` and `strength` are used.
+        size: (B, h, w) of the latents.
+        device: where to compute.
+        dtype: dtype of the U-Net.
+        condition_budget: bytes of embedded conditions that may be kept across calls.
+        predictions: number of calls of the denoiser in a run, for the progress.
+        progress: called as progress(done, total) after each U-Net call of the run; it may raise to cancel.
+
+    Raises:
+        SettingsError: features or text do not fit the latents.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        alignment: Alignment,
+        features: Tensor | None,
+        text: TextConditioning,
+        settings: RestoreSettings,
+        size: tuple[int, int, int],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        condition_budget: int,
+        predictions: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        batch, height, width = size
+        fits = features is not None and (features.shape[0], *features.shape[-2:]) == size
+        if settings.strength and not fits:
+            got = "none" if features is None else tuple(features.shape)
+            raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
+        self.unet, self.features, self.device, self.dtype = unet, features, device, dtype
+        self.cfg, self.tile_batch, self.progress = settings.cfg, settings.tile_batch, progress
+        self.text = text.rows(batch, settings.cfg > 1, device, dtype)
+        self.grid = TileGrid(height, width, settings.tile, settings.overlap)
+        self.hook = AlignmentHook(alignment, settings.strength)
+        self.embedder = ConditionEmbedder(alignment, condition_budget)
+        self._done, self._total = 0, predictions * -(-batch * len(self.grid) // self.tile_batch)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: latents as the U-Net takes them, (B, 4, h, w).
+            t: timestep.
+
+        Returns:
+            (B, 4, h, w), float32.
+        """
+        places = [(image, tile) for tile in self.grid.tiles for image in range(x.shape[0])]
+        merged = torch.zeros_like(x, dtype=torch.float32)
+        for first in range(0, len(places), self.tile_batch):
+            group = places[first : first + self.tile_batch]
+            for (image, tile), prediction in zip(group, self._predict(x, t, group), strict=True):
+                self.grid.merge(merged[image], tile, prediction)
+            self._done += 1
+            if self.progress is not None:
+                self.progress(self._done, self._total)
+        return merged
+
+    def _predict(self, x: Tensor, t: Tensor, group: Sequence[Place]) -> Tensor:
+        """The guided prediction for some tiles, (tiles, 4, tile height, tile width), float32."""
+        if self.hook.strength:
+            assert self.features is not None
+            self.hook.condition = self.embedder(self.features, group, self.device, self.dtype)
+        embeds, pooled = self.text.guided_rows([image for image, _ in group])
+        copies = len(embeds) // len(group)
+        latents = torch.cat([tile.crop(x[image : image + 1]) for image, tile in group])
+        ids = [
+            tile_time_ids(self.grid.height, self.grid.width, tile.top, tile.left, self.grid.tile_pixels)
+            for _, tile in group
+        ]
+        prediction: Tensor = self.unet(
+            latents.to(self.dtype).repeat(copies, 1, 1, 1),
+            t,
+            encoder_hidden_states=embeds,
+            added_cond_kwargs={
+                "text_embeds": pooled,
+                "time_ids": torch.tensor(ids, device=self.device, dtype=self.dtype).repeat(copies, 1),
+            },
+            return_dict=False,
+        )[0].float()
+        if copies == 1:
+            return prediction
+        # The negative half comes first.
+        negative, positive = prediction.chunk(2)
+        return negative + self.cfg * (positive - negative)

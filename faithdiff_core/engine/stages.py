@@ -1,0 +1,211 @@
+"""The stages of a restoration, each of which can be used by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NotFiniteError
+from ..models.alignment import Alignment
+from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
+from .denoiser import TiledDenoiser
+from .latents import decode_latent, encode_latent
+from .loading import Offload
+from .schedulers import fresh_scheduler, initial_latent, run_scheduler
+from .settings import RestoreSettings
+from .text import TextConditioning
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(stage, done, total); stages are `encode`, `sample` and `decode`. It may raise to cancel."""
+
+
+class Stages:
+    """Text, LQ features, latents, sampling and decoding with models that are loaded and placed.
+
+    Attributes:
+        sdxl: diffusers' `StableDiffusionXLPipeline`.
+        lq_encoder, alignment: FaithDiff's parts.
+        device: where to compute.
+        offload: how models are kept off the device while they are not used.
+        condition_budget: bytes of embedded conditions that are kept across steps.
+    """
+
+    sdxl: Any
+    lq_encoder: LQEncoder
+    alignment: Alignment
+    device: torch.device
+    offload: Offload
+    condition_budget: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the U-Net computes in."""
+        dtype: torch.dtype = self.sdxl.unet.dtype
+        return dtype
+
+    @torch.no_grad()
+    def encode_text(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+    ) -> TextConditioning:
+        """Encode texts with the checkpoint's two text encoders.
+
+        An empty negative prompt is encoded too, as FaithDiff was published. (SDXL pipelines take zeros for a negative
+        prompt that is absent.)
+
+        Args:
+            prompts: one for each image.
+            negative_prompts: as many; empty ones unless told.
+            guided: whether guidance needs the negative ones.
+        """
+        negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)
+        embeds, negative_embeds, pooled, negative_pooled = self.sdxl.encode_prompt(
+            prompt=list(prompts),
+            negative_prompt=negative,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+        )
+        self.sdxl.maybe_free_model_hooks()
+        return TextConditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def encode_lq(
+        self,
+        pixels: Tensor,
+        tile: int | None = ENCODER_TILE,
+        overlap: float = ENCODER_OVERLAP,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Features of low-quality images of the result's size.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8; features are kept on its device.
+            tile, overlap, progress: see `LQEncoder.encode` and `Progress`.
+
+        Returns:
+            (B, C, H / 8, W / 8), on the device of `pixels`.
+        """
+        with self._on_device(self.lq_encoder):
+            return self.lq_encoder.encode(pixels, tile, overlap, _staged(progress, "encode"), device=self.device)
+
+    @torch.no_grad()
+    def encode_latent(self, pixels: Tensor, tile: int | None = None) -> Tensor:
+        """The VAE's latent of images, times its scaling factor: the mean of the distribution, so no chance is in it.
+
+        Args:
+            pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8.
+            tile: tile side in pixels; None encodes in one piece.
+
+        Returns:
+            (B, 4, H / 8, W / 8), float32, on the device that computes.
+
+        Raises:
+            NotFiniteError: the VAE overflows in half precision.
+        """
+        latent = encode_latent(self.sdxl.vae, pixels, tile, self.device)
+        self.sdxl.maybe_free_model_hooks()
+        return latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, tile: int | None = None, progress: Progress | None = None) -> Tensor:
+        """Decode latents to images, one by one.
+
+        Args:
+            latent: (B, 4, h, w), as `sample` gives it.
+            tile: tile side in pixels; None decodes in one piece. Tiles share their statistics, so no seams or shifts
+                of colour come from them.
+            progress: see `Progress`.
+
+        Returns:
+            RGB in [0, 1], (B, 3, 8 h, 8 w), float32, on the CPU.
+
+        Raises:
+            NotFiniteError: the VAE overflows in half precision.
+        """
+        pixels = decode_latent(self.sdxl.vae, latent, tile, self.device, _staged(progress, "decode"))
+        self.sdxl.maybe_free_model_hooks()
+        return (pixels / 2 + 0.5).clamp(0, 1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        features: Tensor | None,
+        text: TextConditioning,
+        noise: Tensor,
+        settings: RestoreSettings | None = None,
+        *,
+        lq_latent: Tensor | None = None,
+        generators: list[torch.Generator] | None = None,
+        progress: Progress | None = None,
+        **overrides: Any,
+    ) -> Tensor:
+        """Run the sampling loop on latents of one size.
+
+        At every step all tiles of all images go through the U-Net, their predictions are merged into one of the whole
+        latent, and the scheduler steps that once. For the published Euler sampler this equals stepping every tile and
+        merging the results, and any other scheduler sees one consistent trajectory.
+
+        Args:
+            features: from `encode_lq`, (B, C, h, w), on any device; None only at strength 0.
+            text: one row, or one for each image.
+            noise: standard normal, (B, 4, h, w).
+            settings: how to sample. Defaults to the published settings.
+            lq_latent: from `encode_latent`, for the start `lr`.
+            generators: one for each image, for schedulers that add noise on the way.
+            progress: called after each U-Net call.
+            **overrides: single settings by name, which replace those of `settings`.
+
+        Returns:
+            (B, 4, h, w), float32, on the device that computes.
+
+        Raises:
+            SettingsError: a setting out of range, or features, latents or text of other sizes.
+            TypeError: an override that is not a setting.
+            NotFiniteError: the U-Net overflows in half precision.
+        """
+        settings = (settings or RestoreSettings()).changed(**overrides)
+        batch, _, height, width = noise.shape
+        scheduler = fresh_scheduler(self.sdxl.scheduler, [g.initial_seed() for g in generators] if generators else None)
+        scheduler.set_timesteps(settings.steps, device=self.device)
+        dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
+        denoiser = TiledDenoiser(
+            self.sdxl.unet,
+            self.alignment,
+            features,
+            text,
+            settings,
+            (batch, height, width),
+            device=self.device,
+            dtype=dtype,
+            condition_budget=self.condition_budget,
+            predictions=len(scheduler.timesteps),
+            progress=_staged(progress, "sample"),
+        )
+        noise = noise.to(self.device, torch.float32)
+        lq_latent = None if lq_latent is None else lq_latent.to(self.device, torch.float32)
+        x = initial_latent(scheduler, settings.start, noise, lq_latent)
+        extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
+        with self._on_device(self.alignment), denoiser.hook.on(self.sdxl.unet):
+            x = run_scheduler(scheduler, denoiser, x, **extra)
+        if not torch.isfinite(x).all():
+            raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
+        return x
+
+    @contextmanager
+    def _on_device(self, module: nn.Module) -> Iterator[None]:
+        """Keep one of FaithDiff's own parts on the device while it is used; with offloading, not longer."""
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            if self.offload != "none":
+                module.to("cpu")
+
+
+def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
