@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfy_host import find_host
 
 from faithdiff_core.dtypes import COMPUTE_DTYPES
 
-from .host import find_host
 from .measure import free_memory
 from .registry import ROWS, Row, release
 from .results import Report, Result, missing, table

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import models
 from .measure import Work
 from .settings import SCALE
+from .shared import shared
 
 _META = torch.device("meta")
 
@@ -22,48 +21,48 @@ def count(work: Work) -> int:
     return counter.get_total_flops()
 
 
-@cache
-def unet_call(size: int, rows: int = 2) -> int:
-    """A U-Net call for `rows` rows of size x size pixels: a guided pair unless told."""
+@shared("counts")
+def unet_call(size: int, batch: int = 2) -> int:
+    """A U-Net call for a batch of latents of size x size pixels. Defaults to a guided pair."""
     unet = _unet()
-    return count(lambda: unet(**models.unet_inputs(rows, size // SCALE, _META, torch.float32)))
+    return count(lambda: unet(**models.unet_inputs(batch, size // SCALE, _META, torch.float32)))
 
 
-@cache
+@shared("counts")
 def _unet() -> nn.Module:
     unet: nn.Module = models.unet(_META, torch.float32)
     return unet
 
 
-@cache
+@shared("counts")
 def alignment_call(size: int) -> int:
-    """Our alignment for a guided pair: one row, shared."""
+    """Our alignment for a guided pair: computed once, added to both."""
     module, (h, _, condition) = models.alignment(_META, torch.float32), _tensors(size)
     return count(lambda: module.residual(h[:1], condition))
 
 
-@cache
+@shared("counts")
 def embedding(size: int) -> int:
     """Embedding the condition of a tile."""
     module, (_, features, _) = models.alignment(_META, torch.float32), _tensors(size)
     return count(lambda: module.embed(features[:1]))
 
 
-@cache
+@shared("counts")
 def published_alignment_call(size: int) -> int:
     """The published formulation for a guided pair, embedding included."""
     module, (h, features, _) = models.published_alignment(_META, torch.float32), _tensors(size)
     return count(lambda: module(h, features))
 
 
-@cache
+@shared("counts")
 def lq_encode(size: int) -> int:
     """The LQ encoder on size x size pixels in one piece; the VAE's encoder costs the same."""
     module = models.lq_encoder(_META, torch.float32)
     return count(lambda: module(torch.empty(1, 3, size, size, device=_META)))
 
 
-@cache
+@shared("counts")
 def vae_decode(size: int) -> int:
     """The VAE's decoder on size x size pixels in one piece."""
     vae = models.vae(_META, torch.float32)
@@ -75,7 +74,7 @@ def parameters(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters())
 
 
-@cache
+@shared("counts")
 def parameter_counts() -> dict[str, int]:
     """Parameters of each part in the published sizes."""
     return {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 
 from faithdiff_core.models.alignment import QUICK_GELU, Alignment, AlignmentConfig
 from faithdiff_core.models.lq_encoder import NORM_EPS, NORM_GROUPS, LQEncoder, LQEncoderConfig
-from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION
+from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
+from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, UNetConfig
 
 ALIGNMENT = AlignmentConfig(
     feature_channels=512, condition_channels=320, unet_channels=320, mlp_channels=1280, layers=2
@@ -248,3 +251,36 @@ def published_alignment(device: torch.device, dtype: torch.dtype) -> PublishedAl
     """The published formulation."""
     module: PublishedAlignment = _ready(PublishedAlignment(ALIGNMENT, device=device, dtype=dtype), 5)
     return module
+
+
+def write_faithdiff(path: Path, unet: UNetConfig | None) -> Path:
+    """Write a file with the published names, random values and fp32, with a U-Net or, for an adapter, without."""
+    from safetensors.torch import save_file
+
+    shapes: dict[str, tuple[int, ...]] = dict(unet.shapes()) if unet is not None else {}
+    encoder = lq_encoder(torch.device("meta"), torch.float32)
+    shapes |= {ENCODER_PREFIX + key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    shapes |= ALIGNMENT.published_shapes()
+    save_file({key: _values(key, shape) for key, shape in shapes.items()}, str(path))
+    to_disk(path)  # else the system would write it while the first rounds are measured
+    return path
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _values(key: str, shape: tuple[int, ...]) -> Tensor:
+    if len(shape) < 2:
+        norm = "norm" in key or ".ln_" in key
+        return torch.ones(shape) if norm and key.endswith("weight") else torch.zeros(shape)
+    value = torch.empty(shape)
+    flat = value.view(-1)
+    pool = torch.randn(min(flat.numel(), 2**20), generator=torch.Generator().manual_seed(0))
+    pool /= value[0].numel() ** 0.5
+    for begin in range(0, flat.numel(), len(pool)):
+        part = flat[begin : begin + len(pool)]
+        part.copy_(pool[: part.numel()])
+    return value

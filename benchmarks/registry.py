@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import rows_core, rows_engine, rows_files, rows_host, rows_peers
+from . import host, rows_core, rows_engine, rows_files, rows_host, rows_peers, shared
 from .results import Result
 from .settings import Settings
 
@@ -55,7 +55,6 @@ ROWS = (
 
 def release(group: str) -> None:
     """Let go of a group's models."""
-    if group == "diffusers":
-        rows_core.shared_unet.cache_clear()
-    elif group == "host":
-        rows_host.release()
+    shared.release(group)
+    if group == "host":
+        host.unload_all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from . import counts, models
 from .measure import Spread, Work, interleaved, peak_bytes
 from .results import Result, Target, memory, timed
 from .settings import PUBLISHED_SIZE, SCALE, Settings
+from .shared import shared
 
 STEPS = 20
 """Steps of the published settings, over which what is done once is spread."""
@@ -25,9 +25,9 @@ MOST_TILES = 16
 """Tiles of a large image that are timed, spread evenly; all cost the same."""
 
 
-@cache
+@shared("diffusers")
 def shared_unet(device: torch.device, dtype: torch.dtype) -> Any:
-    """The U-Net that several rows use: it takes 5 GB in half precision. `shared_unet.cache_clear()` lets go of it."""
+    """The U-Net that several rows use: it takes 5 GB in half precision."""
     return models.unet(device, dtype)
 
 

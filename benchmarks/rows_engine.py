@@ -20,6 +20,7 @@ from .measure import Spread, held_bytes, interleaved, peak_bytes
 from .results import Result, Target, memory, missing, timed
 from .rows_core import STEPS, shared_unet
 from .settings import PUBLISHED_SIZE, SCALE, Settings
+from .shared import release
 
 PUBLISHED_PEAK = 9301
 """MiB at 1024 px in fp16 (paper, Table 7)."""
@@ -170,7 +171,7 @@ def _offloaded(settings: Settings, text: TextConditioning) -> Iterator[Result]:
     if settings.device.type != "cuda":
         yield missing("engine", case, "needs CUDA", target)
         return
-    shared_unet.cache_clear()
+    release("diffusers")
     cpu = torch.device("cpu")
     from diffusers import StableDiffusionXLPipeline
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import compileall
-import os
 import shutil
 import subprocess
 import sys
@@ -13,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from comfy_host import REPO, find_host
 from torch import Tensor
 
 from faithdiff_core.weights.conversion import convert
-from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX, read_faithdiff
+from faithdiff_core.weights.faithdiff_file import read_faithdiff
 from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, SDXL_DEPTHS, UNetConfig
 
 from . import models
-from .host import REPO, find_host
 from .measure import Spread, interleaved
 from .results import Result, Target, missing
 from .settings import Settings
@@ -99,7 +98,7 @@ def files(settings: Settings) -> Iterator[Result]:
     settings = replace(settings, clock="wall", repeats=min(settings.repeats, 3))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = write_faithdiff(folder / "FaithDiff.safetensors", unet)
+        source = models.write_faithdiff(folder / "FaithDiff.safetensors", unet)
         size = source.stat().st_size
         note = "" if unet is PUBLISHED_UNET else "a U-Net with a tenth of the bytes of SDXL's"
         case = f"{size / 1e9:.1f} GB fp32, file in the page cache"
@@ -119,7 +118,7 @@ def files(settings: Settings) -> Iterator[Result]:
         def copy() -> None:
             # Beside the one that is there, as `convert` does: a file that is written over finds its memory ready.
             temporary = Path(shutil.copyfile(source, folder / "copy.part"))
-            _to_disk(temporary)
+            models.to_disk(temporary)
             temporary.replace(folder / "copy")
 
         times = interleaved(settings, {"ours": lambda: convert(source, folder / "out", force=True), "copy": copy})
@@ -140,35 +139,3 @@ def _rates(
 ) -> Result:
     mine, other = (Spread(tuple(size / 1e9 / value for value in side.values)) for side in (ours, peer))
     return Result(row, case, "GB/s", mine, other, peer_name, mine.over(other), "speed", target, note)
-
-
-def write_faithdiff(path: Path, unet: UNetConfig | None) -> Path:
-    """Write a file with the published names, random values and fp32, with a U-Net or, for an adapter, without."""
-    from safetensors.torch import save_file
-
-    shapes: dict[str, tuple[int, ...]] = dict(unet.shapes()) if unet is not None else {}
-    encoder = models.lq_encoder(torch.device("meta"), torch.float32)
-    shapes |= {ENCODER_PREFIX + key: tuple(value.shape) for key, value in encoder.state_dict().items()}
-    shapes |= models.ALIGNMENT.published_shapes()
-    save_file({key: _values(key, shape) for key, shape in shapes.items()}, str(path))
-    _to_disk(path)  # else the system would write it while the first rounds are measured
-    return path
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _values(key: str, shape: tuple[int, ...]) -> Tensor:
-    if len(shape) < 2:
-        norm = "norm" in key or ".ln_" in key
-        return torch.ones(shape) if norm and key.endswith("weight") else torch.zeros(shape)
-    value = torch.empty(shape)
-    flat = value.view(-1)
-    pool = torch.randn(min(flat.numel(), 2**20), generator=torch.Generator().manual_seed(0))
-    pool /= value[0].numel() ** 0.5
-    for begin in range(0, flat.numel(), len(pool)):
-        part = flat[begin : begin + len(pool)]
-        part.copy_(pool[: part.numel()])
-    return value

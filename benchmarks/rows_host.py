@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
+from tiny_models.comfyui_configs import SDXL_VAE
 from torch import Tensor
 
 from faithdiff_core.models.lq_encoder import LQEncoder, LQEncoderConfig
@@ -18,12 +18,13 @@ from .results import Result, Target, memory, timed
 from .rows_core import STEPS, TILED_SIZES
 from .rows_engine import composed
 from .settings import PUBLISHED_SIZE, SCALE, Settings
+from .shared import shared
 
 REDUCED_VAE = 32
 """Channels of the finest level of VAE and LQ encoder in a quick run; a sixteenth of the operations."""
 
 
-@cache
+@shared("host")
 def _faithdiff(dtype: torch.dtype) -> tuple[Any, Any]:
     """An alignment-patched MODEL and its FAITHDIFF, from an adapter of the published sizes."""
     running = host.start_host()
@@ -35,13 +36,6 @@ def _faithdiff(dtype: torch.dtype) -> tuple[Any, Any]:
         unet_strength=1.0,
     )
     return loaded
-
-
-def release() -> None:
-    """Let go of the host's models."""
-    host.sdxl_model.cache_clear()
-    _faithdiff.cache_clear()
-    host.unload_all()
 
 
 def _plain(running: Any, settings: Settings, model: Any, size: int, steps: int) -> Tensor:
@@ -255,13 +249,13 @@ def supir(settings: Settings) -> Iterator[Result]:
 def vae(settings: Settings) -> Iterator[Result]:
     """LQ encode and tiled VAE decode against the host's own tiled functions: time, memory, difference to untiled."""
     running = host.start_host()
-    channels = REDUCED_VAE if settings.on_cpu else host.VAE_CONFIG["ch"]
+    channels = REDUCED_VAE if settings.on_cpu else SDXL_VAE["ch"]
     size, tile = (256, 128) if settings.quick and settings.on_cpu else (1024, 512)
     dtype = torch.float32 if settings.on_cpu else settings.vae_dtype
-    note = f"{channels} instead of 128 channels" if channels != host.VAE_CONFIG["ch"] else ""
+    note = f"{channels} instead of 128 channels" if channels != SDXL_VAE["ch"] else ""
     case = f"{size} px in tiles of {tile}, {'fp32' if dtype is torch.float32 else 'bf16'}"
     theirs = host.sdxl_vae(dtype, channels)
-    config = LQEncoderConfig(tuple(channels * n for n in host.VAE_CONFIG["ch_mult"]), 2)
+    config = LQEncoderConfig(tuple(channels * n for n in SDXL_VAE["ch_mult"]), 2)
     encoder = LQEncoder(config, dtype=dtype, device=settings.device)
     models.randomize(encoder, 2)
     # Smooth, as images are: white noise has no large scale.

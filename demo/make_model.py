@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -28,6 +29,7 @@ from photographs import find_photographs, generated_image, load_photograph
 from torch import Tensor, nn
 
 from faithdiff_core.cli.train import read_config
+from faithdiff_core.engine import make_scheduler
 from faithdiff_core.images.color import wavelet
 from faithdiff_core.sampling.schedule import alphas_cumprod
 from faithdiff_core.sdxl import TRAIN_STEPS, VAE_SCALING_FACTOR
@@ -37,6 +39,9 @@ from faithdiff_core.training.model import time_ids
 from faithdiff_core.training.yaml_config import read_yaml
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "tools"))
+
+from tiny_models.text_encoders import byte_tokenizer, text_encoder  # noqa: E402
 
 PHOTO_CAPTION, DRAWING_CAPTION = "A photograph.", "A drawing."
 
@@ -200,48 +205,9 @@ def whiten(vae: Any, pixels: Tensor) -> None:
     quant.bias.copy_(new_bias)
 
 
-def make_tokenizer(folder: Path, pad: str) -> Any:
-    """A CLIP tokenizer whose words are bytes: CLIP's format with a vocabulary of 514."""
-    from transformers import CLIPTokenizer
-
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    # CLIP's byte-level alphabet: printable bytes stand for themselves, the others for characters from 256 on.
-    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), pad_token=pad, model_max_length=77
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-def make_text_encoder(settings: dict[str, Any], seed: int, projected: bool) -> Any:
-    """A small CLIP text encoder with fixed random weights: enough to tell captions apart."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
-        vocab_size=514,
-        bos_token_id=512,
-        eos_token_id=513,
-        pad_token_id=513,
-        hidden_size=settings["hidden_size"],
-        intermediate_size=2 * settings["hidden_size"],
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        projection_dim=settings["projection"],
-        hidden_act="gelu" if projected else "quick_gelu",
-    )
-    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval()
-
-
 def make_base(config: dict[str, Any], images: dict[str, np.ndarray], vae_folder: Path, folder: Path) -> list[Any]:
     """Train the plain U-Net, and write an SDXL model as a diffusers folder."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 
     settings, text = config["unet"], config["text"]
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
@@ -261,22 +227,19 @@ def make_base(config: dict[str, Any], images: dict[str, np.ndarray], vae_folder:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=text["projection"] + 6 * 256,
     )
-    scheduler = EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
+
+    def encoder(number: int, projected: bool) -> Any:
+        torch.manual_seed(config["seed"] + number)
+        return text_encoder(text["hidden_size"], text["projection"], projected)
+
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=make_text_encoder(text, config["seed"] + 1, False),
-        text_encoder_2=make_text_encoder(text, config["seed"] + 2, True),
-        tokenizer=make_tokenizer(folder / "tokenizer", "<|endoftext|>"),
-        tokenizer_2=make_tokenizer(folder / "tokenizer_2", "!"),
+        text_encoder=encoder(1, projected=False),
+        text_encoder_2=encoder(2, projected=True),
+        tokenizer=byte_tokenizer(folder / "tokenizer", "<|endoftext|>"),
+        tokenizer_2=byte_tokenizer(folder / "tokenizer_2", "!"),
         unet=unet,
-        scheduler=scheduler,
+        scheduler=make_scheduler(),
         add_watermarker=False,
         force_zeros_for_empty_prompt=False,
     )

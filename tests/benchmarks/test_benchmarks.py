@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import counts, models, registry, rows_core, rows_engine, rows_peers
+from benchmarks import counts, models, registry, rows_core, rows_engine, rows_peers, shared
 from benchmarks.measure import Spread, interleaved, peak_bytes
 from benchmarks.results import NOT_MEASURED, Report, Result, Target, missing, table, timed
 from benchmarks.settings import Settings
@@ -71,22 +71,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(models, "CONTROLNET_XS", models.CONTROLNET_XS | {"ctrl_block_out_channels": [32, 32, 32]})
     monkeypatch.setattr(rows_peers, "TRAINING_SIZE", 64)
     monkeypatch.setattr(rows_core, "TILED_SIZES", (128, 192))
-    caches = (
-        rows_core.shared_unet,
-        counts.unet_call,
-        counts.alignment_call,
-        counts.embedding,
-        counts.lq_encode,
-        counts.published_alignment_call,
-        counts.vae_decode,
-        counts.parameter_counts,
-        counts._unet,
-    )
-    for cache in caches:
-        cache.cache_clear()
+    shared.release()
     yield
-    for cache in caches:
-        cache.cache_clear()
+    shared.release()
 
 
 def test_the_published_formulation_computes_what_ours_does() -> None:

@@ -17,12 +17,13 @@ import pytest
 import torch
 from comfy_host import Graph, Host, Page, Runner
 from PIL import Image
-from support.host_sampling import VAE_SCALING_FACTOR, images, load
+from support.host_sampling import images, load
 from tiny_models import captioners as tiny_captioners
 from torch import Tensor
 
 from faithdiff_core.captions.captioner import load_captioner
 from faithdiff_core.captions.trim import trim_caption
+from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
 
 PROMPT = "Describe this image"
 TOKENS = 16

@@ -16,9 +16,10 @@ import pytest
 import torch
 from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file, save_file
-from support.host_sampling import VAE_SCALING_FACTOR, Setup, gaussian, images, load, relative
+from support.host_sampling import Setup, gaussian, images, load, relative
 from torch import Tensor
 
+from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
 from faithdiff_core.tiling.grid import Tile, TileGrid
 
 HEIGHT, WIDTH, TILE, OVERLAP = 104, 152, 64, 0.5

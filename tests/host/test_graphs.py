@@ -336,7 +336,7 @@ def test_not_an_sdxl_model(host: Host) -> None:
     import comfy.supported_models
 
     config = comfy.supported_models.SD15(
-        {**host.testpack.models.UNET_CONFIG, "adm_in_channels": None, "num_classes": None}
+        {**host.testpack.models.GOLDEN_UNET, "adm_in_channels": None, "num_classes": None}
     )
     config.set_inference_dtype(torch.float32, None)
     model = comfy.model_patcher.CoreModelPatcher(

@@ -8,7 +8,9 @@ import pytest
 import torch
 from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file
-from support.host_sampling import VAE_SCALING_FACTOR, GivenNoise, Setup, load, relative
+from support.host_sampling import GivenNoise, Setup, load, relative
+
+from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CASES = {case["name"]: case for case in MANIFEST["cases"]}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from comfy_host import GOLDEN, Host
-from safetensors.torch import load_file
+from comfy_host import Host
+from support.golden import Golden
 from torch import Tensor
 
 from faithdiff_core.vae.decoder_stages import NormAffine, parts_from_ldm, stored_affine
@@ -17,29 +16,12 @@ from faithdiff_core.vae.tiled_decode import decode_tiled
 
 @pytest.fixture(scope="module")
 def vae(host: Host) -> Any:
-    import comfy.sd
-
-    config = json.loads((GOLDEN / "manifest.json").read_text())["vae"]
-    channels = config["block_out_channels"]
-    ddconfig = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": channels[0],
-        "ch_mult": [count // channels[0] for count in channels],
-        "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
-    state = {key: value.float() for key, value in load_file(GOLDEN / "vae_tiny.safetensors").items()}
-    return comfy.sd.VAE(sd=state, config={"params": {"ddconfig": ddconfig, "embed_dim": 4}}, dtype=torch.float32)
+    return host.testpack.models.tiny_vae()
 
 
 @pytest.fixture(scope="module")
-def latent() -> Tensor:
-    return load_file(GOLDEN / "expected.safetensors")["vae.latent"]
+def latent(golden: Golden) -> Tensor:
+    return golden.tensors["vae.latent"]
 
 
 @pytest.fixture(scope="module")

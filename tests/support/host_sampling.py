@@ -12,7 +12,6 @@ import torch
 from comfy_host import Host
 from torch import Tensor
 
-VAE_SCALING_FACTOR = 0.13025
 GOLDEN_FILE = "faithdiff_tiny.safetensors"
 
 

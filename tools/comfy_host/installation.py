@@ -14,6 +14,8 @@ from .graph import Prompt
 
 REPO = Path(__file__).resolve().parents[2]
 
+TOOLS = Path(__file__).resolve().parents[1]
+
 TESTPACK = Path(__file__).resolve().parent / "testpack"
 
 GOLDEN = REPO / "tests" / "golden"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from .graph import Graph, GraphError, Prompt, PromptRejectedError
-from .installation import PACKS, READY_SECONDS, RUN_SECONDS, HostError, prepare_base
+from .installation import PACKS, READY_SECONDS, RUN_SECONDS, TOOLS, HostError, prepare_base
 
 
 class Server:
@@ -58,12 +58,13 @@ class Server:
         ]  # fmt: skip
         if not torch.cuda.is_available():
             command.append("--cpu")
-        inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        # The test pack uses `tiny_models`; else the server sees what is installed, and no more.
+        variables = os.environ | {"PYTHONPATH": str(TOOLS), "PYTHONUNBUFFERED": "1"}
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=path,
-                env={**inherited, **(environment or {}), "PYTHONUNBUFFERED": "1"},
+                env={**variables, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -1,9 +1,9 @@
 """Files with the published names, widths and shapes, random weights and few bytes.
 
-`write_reduced_sdxl_checkpoint` makes a checkpoint that the host takes for SDXL: it looks at the first convolution's
-channels, the depths of the input transformers, and the widths of context and y. With one width for all levels and
-hardly any transformers behind the input side, a U-Net with these signs has 140 million parameters instead of 2.6
-billion. VAE and text encoders have their full sizes, because their shapes are fixed in the host.
+`write_reduced_sdxl_checkpoint` makes a checkpoint that ComfyUI detects as SDXL: it looks at the channels of conv_in,
+the depths of the input transformers, and the widths of context and y. With one width for all levels and hardly any
+transformers behind the input side, a U-Net with these marks has 140 million parameters instead of 2.6 billion. VAE and
+text encoders have their full sizes, because their shapes are fixed in ComfyUI.
 
 The files stay small: all large tensors are overlapping views into a few blocks of random numbers, as pickles can store.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,39 +22,7 @@ from faithdiff_core import AlignmentConfig, LQEncoder, LQEncoderConfig
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
-UNET_CONFIG: dict[str, Any] = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 320,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 1, 1],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0] * 9,
-    "transformer_depth_middle": 1,
-    "use_linear_in_transformer": True,
-    "context_dim": 2048,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_resblock": False,
-    "use_temporal_attention": False,
-    "num_head_channels": 64,
-    "num_heads": -1,
-}
-VAE_CONFIG: dict[str, Any] = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 128,
-    "ch_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
+from .comfyui_configs import REDUCED_UNET, SDXL_VAE
 
 _POOL = 2**19
 _STEP = 7  # elements by which each row of a matrix begins later than the one before
@@ -102,13 +69,13 @@ def write_reduced_sdxl_checkpoint(
     shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         parts = {
-            "model.diffusion_model.": unet(**UNET_CONFIG, device="meta", dtype=torch.float16, operations=ops),
-            "first_stage_model.": autoencoder(embed_dim=4, ddconfig=dict(VAE_CONFIG)),
+            "model.diffusion_model.": unet(**REDUCED_UNET, device="meta", dtype=torch.float16, operations=ops),
+            "first_stage_model.": autoencoder(embed_dim=4, ddconfig=dict(SDXL_VAE)),
         }
         for prefix, module in parts.items():
             shapes |= {prefix + key: tuple(value.shape) for key, value in module.state_dict().items()}
         if text_encoders:
-            sdxl = importlib.import_module("comfy.supported_models").SDXL(dict(UNET_CONFIG))
+            sdxl = importlib.import_module("comfy.supported_models").SDXL(dict(REDUCED_UNET))
             clip = importlib.import_module("comfy.sdxl_clip").SDXLClipModel(device="meta", dtype=torch.float16)
             published = sdxl.process_clip_state_dict_for_saving(clip.state_dict())
             shapes |= {key: tuple(value.shape) for key, value in published.items() if "position_ids" not in key}

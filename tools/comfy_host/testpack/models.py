@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import comfy.cldm.cldm
 import comfy.controlnet
@@ -15,34 +14,12 @@ import comfy.supported_models
 import comfy.utils
 import torch
 from comfy_api.latest import io
+from tiny_models.comfyui_configs import GOLDEN_UNET, GOLDEN_VAE
 from torch import Tensor, nn
 
 from . import golden
 
 CATEGORY = "tests"
-
-UNET_CONFIG: dict[str, Any] = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1, 1],
-    "channel_mult": [1, 2, 2],
-    "transformer_depth": [0, 1, 2],
-    "transformer_depth_output": [0, 0, 1, 1, 2, 2],
-    "transformer_depth_middle": 2,
-    "use_linear_in_transformer": True,
-    "context_dim": 64,
-    "adm_in_channels": 1600,
-    "num_classes": "sequential",
-    "use_spatial_transformer": True,
-    "legacy": False,
-    "use_temporal_resblock": False,
-    "use_temporal_attention": False,
-    "num_head_channels": 64,
-    "num_heads": -1,
-}
-"""The golden U-Net in the host's terms."""
 
 TEXT_CONFIG = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3}
 """One text encoder whose width is both the golden U-Net's context and its pooled width."""
@@ -53,7 +30,7 @@ LORA_RANK = 4
 
 def golden_unet() -> dict[str, Tensor]:
     """The golden U-Net's tensors under the host's names, single precision."""
-    names = comfy.utils.unet_to_diffusers(UNET_CONFIG)
+    names = comfy.utils.unet_to_diffusers(GOLDEN_UNET)
     return {names[key]: value.float() for key, value in golden.faithdiff_tiny().items() if key in names}
 
 
@@ -68,12 +45,12 @@ def other_unet(seed: int) -> dict[str, Tensor]:
 
 
 def tiny_model(state: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """An SDXL MODEL in single precision around a U-Net of `UNET_CONFIG`'s sizes.
+    """An SDXL MODEL in single precision around a U-Net of `GOLDEN_UNET`'s sizes.
 
     Raises:
         ValueError: tensors are missing or unknown.
     """
-    config = comfy.supported_models.SDXL(dict(UNET_CONFIG))
+    config = comfy.supported_models.SDXL(dict(GOLDEN_UNET))
     config.set_inference_dtype(torch.float32, None)
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
@@ -95,20 +72,8 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 def tiny_vae() -> comfy.sd.VAE:
     """The golden VAE."""
-    sizes = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 32,
-        "ch_mult": [1, 1, 1, 1],
-        "num_res_blocks": 1,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
     state = {key: value.float() for key, value in golden.vae_tiny().items()}
-    vae = comfy.sd.VAE(sd=state, config={"params": {"ddconfig": sizes, "embed_dim": 4}}, dtype=torch.float32)
+    vae = comfy.sd.VAE(sd=state, config={"params": {"ddconfig": dict(GOLDEN_VAE), "embed_dim": 4}}, dtype=torch.float32)
     vae.throw_exception_if_invalid()
     return vae
 
@@ -141,7 +106,7 @@ def tiny_clip(seed: int) -> comfy.sd.CLIP:
 def tiny_controlnet(seed: int) -> comfy.controlnet.ControlNet:
     """A ControlNet for the golden U-Net; its output layers are random, not zero, so that it acts."""
     offload_device = comfy.model_management.unet_offload_device()
-    config = {key: value for key, value in copy.deepcopy(UNET_CONFIG).items() if key != "out_channels"}
+    config = {key: value for key, value in copy.deepcopy(GOLDEN_UNET).items() if key != "out_channels"}
     model = comfy.cldm.cldm.ControlNet(
         **config, hint_channels=3, dtype=torch.float32, device=offload_device, operations=comfy.ops.disable_weight_init
     )
