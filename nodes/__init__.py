@@ -5,12 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
-from .bridge.captioner_patcher import register_folder as register_captioner_folder
+from .bridge.folders import register_folders
 from .caption import FaithDiffCaption
 from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
 from .demo_models import FaithDiffDemoModels
-from .loader import FaithDiffModelLoader, register_folder
+from .loader import FaithDiffModelLoader
 from .lq_encode import FaithDiffLQEncode
 from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
 from .sampler import FaithDiffSampler, FaithDiffTiledDiffusion
@@ -22,8 +22,7 @@ class FaithDiffExtension(ComfyExtension):
 
     @override
     async def on_load(self) -> None:
-        register_folder()
-        register_captioner_folder()
+        register_folders()
 
     @override
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

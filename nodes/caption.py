@@ -10,6 +10,7 @@ from ..faithdiff_core.captions.trim import CAPTION_PROMPT, SENTENCES, SKIP_WORDS
 from ..faithdiff_core.errors import SettingsError
 from .bridge.captioner_patcher import CAPTION_DTYPES, caption_images, captioner_for
 from .errors import named_errors
+from .inputs import CATEGORY
 
 PUBLISHED_MODEL = "llava-hf/llava-1.5-7b-hf"
 
@@ -22,7 +23,7 @@ class FaithDiffCaption(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffCaption",
             display_name="FaithDiff Caption",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Writes the prompt: describes each image with an image-to-text model that transformers loads "
             "(LLaVA-1.5 as published, Qwen-VL, BLIP, GIT, ...). Gives one caption for each image, as a list.",
             search_aliases=["faithdiff caption", "llava", "image to text", "describe image", "vlm", "auto caption"],
@@ -114,6 +115,7 @@ class FaithDiffCaption(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(
         cls,
         image: Tensor,
@@ -128,13 +130,12 @@ class FaithDiffCaption(io.ComfyNode):
         skip_words: int = SKIP_WORDS,
         allow_download: bool = False,
     ) -> io.NodeOutput:
-        with named_errors("FaithDiff Caption"):
-            if not model.strip():
-                raise SettingsError(
-                    f"`model` is empty. Name a folder in models/LLM, or a hub id such as {PUBLISHED_MODEL}."
-                )
-            patcher = captioner_for(model, dtype, allow_download)
-            captions = caption_images(patcher, image, prompt, max_new_tokens, temperature, seed)
-            if trim:
-                captions = [trim_caption(caption, sentences, skip_words) for caption in captions]
-            return io.NodeOutput(captions)
+        if not model.strip():
+            raise SettingsError(
+                f"`model` is empty. Name a folder in models/LLM, or a hub id such as {PUBLISHED_MODEL}."
+            )
+        patcher = captioner_for(model, dtype, allow_download)
+        captions = caption_images(patcher, image, prompt, max_new_tokens, temperature, seed)
+        if trim:
+            captions = [trim_caption(caption, sentences, skip_words) for caption in captions]
+        return io.NodeOutput(captions)

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..faithdiff_core.errors import ImageError
 from ..faithdiff_core.images.geometry import resize_lanczos
 from .errors import named_errors
+from .inputs import CATEGORY
 
 MODES = ("slider", "side_by_side")
 
@@ -21,7 +22,7 @@ class FaithDiffCompare(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffCompare",
             display_name="FaithDiff Compare",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Shows the low-quality image against the restored one, with ComfyUI's own slider or side by "
             "side. Smaller `before` images are enlarged to the size of `after` (Lanczos).",
             search_aliases=["faithdiff compare", "before after", "image compare", "slider"],
@@ -46,17 +47,17 @@ class FaithDiffCompare(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(cls, before: Tensor, after: Tensor, mode: str, compare_view: object = None) -> io.NodeOutput:
-        with named_errors("FaithDiff Compare"):
-            before, after = _matched(before, after)
-            pairs = torch.cat([before, after], dim=2)
-            if mode == "slider":
-                first, second = (ui.PreviewImage(images, cls=cls).values for images in (before, after))
-                # The first two are for the slider, which the page has in its newer node design (Nodes 2.0). The classic
-                # design shows `images`.
-                view = {"a_images": first, "b_images": second, "images": [*first, *second]}
-                return io.NodeOutput(pairs, ui=view)
-            return io.NodeOutput(pairs, ui=ui.PreviewImage(pairs, cls=cls))
+        before, after = _matched(before, after)
+        pairs = torch.cat([before, after], dim=2)
+        if mode == "slider":
+            first, second = (ui.PreviewImage(images, cls=cls).values for images in (before, after))
+            # The first two are for the slider, which the page has in its newer node design (Nodes 2.0). The classic
+            # design shows `images`.
+            view = {"a_images": first, "b_images": second, "images": [*first, *second]}
+            return io.NodeOutput(pairs, ui=view)
+        return io.NodeOutput(pairs, ui=ui.PreviewImage(pairs, cls=cls))
 
 
 def _matched(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:

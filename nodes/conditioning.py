@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import node_helpers
 from comfy_api.latest import io
 
 from ..faithdiff_core.captions.trim import SENTENCES, SKIP_WORDS, trim_caption
-from ..faithdiff_core.errors import SettingsError
-from .bridge.graph_types import CONDITION_KEY, LQCondition, LQFeatures, LQFeaturesType
+from .bridge.graph_types import LQFeatures, LQFeaturesType
+from .bridge.lq_conditioning import Conditioning, add_lq
 from .errors import named_errors
-from .inputs import setting_input
-
-Conditioning = list[list[Any]]
-
-
-def with_lq(conditioning: Conditioning, condition: LQCondition) -> Conditioning:
-    """A CONDITIONING whose entries carry LQ features; the given one stays as it is."""
-    return node_helpers.conditioning_set_values(conditioning, {CONDITION_KEY: condition})
+from .inputs import CATEGORY, setting_input
 
 
 class FaithDiffConditioning(io.ComfyNode):
@@ -29,7 +19,7 @@ class FaithDiffConditioning(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffConditioning",
             display_name="FaithDiff Conditioning",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Adds the low-quality image to the prompts, for any of ComfyUI's samplers (KSampler, "
             "SamplerCustomAdvanced, ...) together with the MODEL of FaithDiff Model Loader.",
             search_aliases=["faithdiff apply", "lq conditioning", "apply lq features"],
@@ -69,6 +59,7 @@ class FaithDiffConditioning(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(
         cls,
         positive: Conditioning,
@@ -78,14 +69,7 @@ class FaithDiffConditioning(io.ComfyNode):
         start_percent: float,
         end_percent: float,
     ) -> io.NodeOutput:
-        with named_errors("FaithDiff Conditioning"):
-            if start_percent > end_percent:
-                raise SettingsError(
-                    f"start_percent must not be larger than end_percent, got {start_percent} and {end_percent}. "
-                    f"Exchange the two, or set strength to 0 to switch the image off."
-                )
-        condition = LQCondition(lq_features, strength, start_percent, end_percent)
-        return io.NodeOutput(with_lq(positive, condition), with_lq(negative, condition))
+        return io.NodeOutput(*add_lq((positive, negative), lq_features, strength, start_percent, end_percent))
 
 
 class FaithDiffTrimCaption(io.ComfyNode):
@@ -96,7 +80,7 @@ class FaithDiffTrimCaption(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffTrimCaption",
             display_name="FaithDiff Trim Caption",
-            category="FaithDiff",
+            category=CATEGORY,
             description='Trims a caption that a captioner wrote as the published code does: drops the lead-in ("The '
             "image "
             'features") and keeps the first sentences. Not for prompts that you type.',
@@ -112,5 +96,6 @@ class FaithDiffTrimCaption(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(cls, caption: str, sentences: int, skip_words: int) -> io.NodeOutput:
         return io.NodeOutput(trim_caption(caption, sentences, skip_words))

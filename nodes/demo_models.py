@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from .bridge.demo_model import load_demo
 from .bridge.graph_types import FaithDiffType
 from .errors import named_errors
+from .inputs import CATEGORY
 
 
 class FaithDiffDemoModels(io.ComfyNode):
@@ -17,7 +18,7 @@ class FaithDiffDemoModels(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffDemoModels",
             display_name="FaithDiff Demo Models",
-            category="FaithDiff/development",
+            category=f"{CATEGORY}/development",
             description="Loads the small demo model that comes with this pack, for trying graphs out without a "
             "download. It restores little: take FaithDiff Model Loader and an SDXL checkpoint for real images.",
             search_aliases=["faithdiff demo", "faithdiff test model", "small model"],
@@ -32,6 +33,6 @@ class FaithDiffDemoModels(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(cls) -> io.NodeOutput:
-        with named_errors("FaithDiff Demo Models"):
-            return io.NodeOutput(*load_demo())
+        return io.NodeOutput(*load_demo())

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
+
+from comfy_api.latest import io
 
 from ..faithdiff_core.errors import FaithDiffError
 
+P = ParamSpec("P")
 
-@contextmanager
-def named_errors(node: str) -> Iterator[None]:
-    """Put the node's name in front of what went wrong; the type of the error stays."""
-    try:
-        yield
-    except FaithDiffError as error:
-        raise type(error)(f"{node}: {error}") from error
+
+def named_errors(
+    execute: Callable[Concatenate[Any, P], io.NodeOutput],
+) -> Callable[Concatenate[Any, P], io.NodeOutput]:
+    """Decorator of a node's `execute`, under `@classmethod`: errors begin with the node's display name.
+
+    The type of the error stays.
+    """
+
+    @wraps(execute)
+    def named(cls: Any, /, *args: P.args, **kwargs: P.kwargs) -> io.NodeOutput:
+        try:
+            return execute(cls, *args, **kwargs)
+        except FaithDiffError as error:
+            raise type(error)(f"{cls.define_schema().display_name}: {error}") from error
+
+    return named
 
 
 def complaint(check: Callable[..., object], *args: object, **kw: object) -> str | None:

@@ -11,6 +11,9 @@ from ..faithdiff_core.engine.settings import LARGEST_HOST_TILE, RestoreSettings
 from ..faithdiff_core.tiling.grid import check_overlap, check_tile_size
 from .errors import complaint
 
+CATEGORY = "FaithDiff"
+"""Where the page lists the nodes."""
+
 _STEPS: dict[str, dict[str, float]] = {
     "scale": {"step": 0.05},
     "cfg": {"step": 0.1, "round": 0.01},

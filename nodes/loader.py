@@ -4,35 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import folder_paths
 from comfy_api.latest import io
 
+from .bridge.folders import faithdiff_files, faithdiff_path
 from .bridge.graph_types import FaithDiffType
-from .bridge.model_loading import WEIGHT_DTYPES, file_of, load_faithdiff
+from .bridge.model_loading import WEIGHT_DTYPES, load_faithdiff
 from .errors import named_errors
+from .inputs import CATEGORY
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-FOLDERS = ("faithdiff", "model_patches", "diffusion_models")
-"""Model folders that are searched, in order; the first is this pack's own."""
-
-
-def register_folder() -> None:
-    """Tell the host of models/faithdiff, so that it is searched, and shown in error messages, like its own folders."""
-    from pathlib import Path
-
-    folder_paths.add_model_folder_path(FOLDERS[0], str(Path(folder_paths.models_dir) / FOLDERS[0]))
-    folder_paths.folder_names_and_paths[FOLDERS[0]][1].update(folder_paths.supported_pt_extensions)
-
-
-def model_files() -> list[str]:
-    """Names in all of the folders, each once."""
-    names: dict[str, None] = {}
-    for folder in FOLDERS:
-        if folder in folder_paths.folder_names_and_paths:
-            names.update(dict.fromkeys(folder_paths.get_filename_list(folder)))
-    return list(names)
 
 
 class FaithDiffModelLoader(io.ComfyNode):
@@ -43,14 +24,14 @@ class FaithDiffModelLoader(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffModelLoader",
             display_name="FaithDiff Model Loader",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Loads FaithDiff: a MODEL whose U-Net follows a low-quality image through the alignment, and "
             "the LQ encoder that reads the image. Without LQ features the MODEL is an ordinary SDXL model.",
             search_aliases=["faithdiff", "super resolution", "upscale", "restore", "load faithdiff", "alignment"],
             inputs=[
                 io.Combo.Input(
                     "faithdiff_name",
-                    options=model_files(),
+                    options=faithdiff_files(),
                     tooltip="FaithDiff.bin, the same as safetensors, or an `_adapter` file made by `convert`. Looked "
                     "for in models/faithdiff, models/model_patches and models/diffusion_models.",
                 ),
@@ -87,6 +68,7 @@ class FaithDiffModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    @named_errors
     def execute(
         cls,
         faithdiff_name: str,
@@ -94,6 +76,5 @@ class FaithDiffModelLoader(io.ComfyNode):
         model: ModelPatcher | None = None,
         unet_strength: float = 1.0,
     ) -> io.NodeOutput:
-        with named_errors("FaithDiff Model Loader"):
-            path = file_of(FOLDERS, faithdiff_name)
-            return io.NodeOutput(*load_faithdiff(path, weight_dtype, model, unet_strength))
+        path = faithdiff_path(faithdiff_name)
+        return io.NodeOutput(*load_faithdiff(path, weight_dtype, model, unet_strength))

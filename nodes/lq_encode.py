@@ -5,13 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..faithdiff_core.errors import ImageError
-from ..faithdiff_core.sdxl import VAE_SCALE_FACTOR
-from ..faithdiff_core.tiling.grid import check_tile_size
-from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeatures, LQFeaturesType
+from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeaturesType
 from .bridge.model_loading import encode_lq
 from .errors import named_errors
-from .inputs import check_tiles, setting_input
+from .inputs import CATEGORY, check_tiles, setting_input
 
 
 class FaithDiffLQEncode(io.ComfyNode):
@@ -22,7 +19,7 @@ class FaithDiffLQEncode(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffLQEncode",
             display_name="FaithDiff LQ Encode",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Reads what is in a low-quality image, already enlarged to the final size, with FaithDiff's "
             "LQ encoder. The result is needed once for all seeds, prompts and samplers.",
             search_aliases=["faithdiff encode", "lq encoder", "low quality features"],
@@ -55,13 +52,6 @@ class FaithDiffLQEncode(io.ComfyNode):
         return check_tiles(tile_size, overlap)
 
     @classmethod
+    @named_errors
     def execute(cls, faithdiff: AdapterModels, pixels: Tensor, tile_size: int, overlap: float) -> io.NodeOutput:
-        with named_errors("FaithDiff LQ Encode"):
-            check_tile_size(tile_size)
-            height, width = pixels.shape[1:3]
-            if height % VAE_SCALE_FACTOR or width % VAE_SCALE_FACTOR:
-                raise ImageError(
-                    f"the sides of `pixels` must be multiples of {VAE_SCALE_FACTOR}, got {width} x {height}. Send the "
-                    "image through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
-                )
-            return io.NodeOutput(LQFeatures(encode_lq(faithdiff, pixels, tile_size, overlap)))
+        return io.NodeOutput(encode_lq(faithdiff, pixels, tile_size, overlap))

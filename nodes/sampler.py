@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_management
-import comfy.sample
-import comfy.samplers
-import comfy.utils
-import latent_preview
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..faithdiff_core.errors import NotFiniteError, SettingsError
-from ..faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
-from ..faithdiff_core.sdxl import VAE_SCALE_FACTOR
-from .bridge.alignment_patch import find_patch
-from .bridge.graph_types import LQCondition, LQFeatures, LQFeaturesType
-from .bridge.sampling_run import Tiling, set_up_run
-from .bridge.step_progress import TileProgress
-from .bridge.tiled_prediction import set_tiling
-from .conditioning import Conditioning, with_lq
+from .bridge.graph_types import LQFeatures, LQFeaturesType
+from .bridge.lq_conditioning import Conditioning
+from .bridge.restoration import PUBLISHED_SCHEDULE, SAMPLERS, SCHEDULES, restore
+from .bridge.sampling_run import Tiling
+from .bridge.tiled_prediction import tiled
 from .errors import named_errors
-from .inputs import check_tiles, setting_input
+from .inputs import CATEGORY, check_tiles, setting_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
-
-PUBLISHED_SCHEDULE = "faithdiff"
 
 TILE_TOOLTIP = (
     "Pixels. Larger images are sampled in tiles of this side. 1024 is what SDXL was trained at; smaller tiles need "
@@ -53,13 +40,6 @@ def tile_inputs() -> list[io.Input]:
     ]
 
 
-def tiled(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
-    """A MODEL that samples in tiles; the given one stays as it is."""
-    clone = model.clone()
-    set_tiling(clone, tiling)
-    return clone
-
-
 class FaithDiffTiledDiffusion(io.ComfyNode):
     """Makes any sampler work in tiles."""
 
@@ -68,7 +48,7 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffTiledDiffusion",
             display_name="FaithDiff Tiled Diffusion",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Makes a MODEL sample large images in overlapping tiles, with any sampler. Every tile gets "
             "its part of the LQ features, ControlNet hints, masks and areas, and SDXL's size conditioning as FaithDiff "
             "was published with it.",
@@ -85,9 +65,9 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
         return check_tiles(tile_size, overlap)
 
     @classmethod
+    @named_errors
     def execute(cls, model: ModelPatcher, tile_size: int, overlap: float, tile_batch: int) -> io.NodeOutput:
-        with named_errors("FaithDiff Tiled Diffusion"):
-            return io.NodeOutput(tiled(model, Tiling(tile_size, overlap, tile_batch)))
+        return io.NodeOutput(tiled(model, Tiling(tile_size, overlap, tile_batch)))
 
 
 class FaithDiffSampler(io.ComfyNode):
@@ -98,7 +78,7 @@ class FaithDiffSampler(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffSampler",
             display_name="FaithDiff Sampler",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Restores: FaithDiff Conditioning, FaithDiff Tiled Diffusion and a sampler in one node, with "
             "the published schedule and starting point.",
             search_aliases=["faithdiff", "restore", "upscale", "super resolution", "ksampler"],
@@ -120,12 +100,10 @@ class FaithDiffSampler(io.ComfyNode):
                     "cfg",
                     "Published: 5. Higher is crisper and less faithful; 1 halves the time (for few-step LoRAs).",
                 ),
-                io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.SAMPLER_NAMES, default="euler", tooltip="Published: euler."
-                ),
+                io.Combo.Input("sampler_name", options=SAMPLERS, default="euler", tooltip="Published: euler."),
                 io.Combo.Input(
                     "scheduler",
-                    options=[PUBLISHED_SCHEDULE, *comfy.samplers.SCHEDULER_NAMES],
+                    options=SCHEDULES,
                     default=PUBLISHED_SCHEDULE,
                     tooltip="`faithdiff` is the published schedule (leading spacing); the others are ComfyUI's.",
                 ),
@@ -164,6 +142,7 @@ class FaithDiffSampler(io.ComfyNode):
         return check_tiles(tile_size, overlap)
 
     @classmethod
+    @named_errors
     def execute(
         cls,
         model: ModelPatcher,
@@ -184,120 +163,22 @@ class FaithDiffSampler(io.ComfyNode):
         noise: Any = None,
         strength: float = 1.0,
     ) -> io.NodeOutput:
-        with named_errors("FaithDiff Sampler"):
-            if find_patch(model) is None:
-                raise SettingsError(
-                    "this MODEL has no alignment. Connect the MODEL that FaithDiff Model Loader gives; LoRAs and other "
-                    "patches can stand between."
-                )
-            start = StartPoint(start_point)
-            latent = _latent(model, lq_features, latent_image, start, denoise)
-            sigmas = _sigmas(model, scheduler, steps, denoise)
-            if len(sigmas) < 2:  # denoise 0: nothing is to be changed
-                return io.NodeOutput(latent)
-            tiling = Tiling(tile_size, overlap, tile_batch)
-            tiled_model = tiled(model, tiling)
-            progress = TileProgress(len(sigmas) - 1, len(tiling.grid(*lq_features.size)))
-            set_up_run(tiled_model, progress=progress)
-            condition = LQCondition(lq_features, strength)
-            guider = comfy.samplers.CFGGuider(tiled_model)
-            guider.set_conds(with_lq(positive, condition), with_lq(negative, condition))
-            guider.set_cfg(cfg)
-            if noise is None:
-                drawn = comfy.sample.prepare_noise(latent["samples"], seed, latent.get("batch_index"))
-            else:
-                drawn, seed = noise.generate_noise(latent), noise.seed
-            if denoise >= 1.0:
-                drawn = _starting_noise(model, start, latent["samples"], drawn, sigmas)
-            samples = guider.sample(
-                drawn,
-                latent["samples"],
-                comfy.samplers.sampler_object(sampler_name),
-                sigmas,
-                denoise_mask=latent.get("noise_mask"),
-                callback=progress.callback(latent_preview.prepare_callback(tiled_model, len(sigmas) - 1)),
-                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        return io.NodeOutput(
+            restore(
+                model,
+                positive,
+                negative,
+                lq_features,
                 seed=seed,
+                steps=steps,
+                cfg=cfg,
+                sampler_name=sampler_name,
+                scheduler=scheduler,
+                start_point=start_point,
+                denoise=denoise,
+                tiling=Tiling(tile_size, overlap, tile_batch),
+                latent_image=latent_image,
+                noise=noise,
+                strength=strength,
             )
-            _check_finite(tiled_model, samples)
-            return io.NodeOutput({**latent, "samples": samples.to(comfy.model_management.intermediate_device())})
-
-
-def _latent(
-    model: ModelPatcher,
-    lq_features: LQFeatures,
-    latent_image: dict[str, Any] | None,
-    start: StartPoint,
-    denoise: float,
-) -> dict[str, Any]:
-    """The LATENT that sampling works on: the one given, or zeros of the features' size."""
-    height, width = lq_features.size
-    if latent_image is None:
-        if denoise < 1.0 or start is StartPoint.LR:
-            why = "start_point `lr` begins" if denoise >= 1.0 else "a denoise below 1 begins"
-            raise SettingsError(
-                f"{why} from the low-quality image's latent. Connect the prepared image through VAE Encode to "
-                f"latent_image, or choose start_point `noise` with denoise 1."
-            )
-        channels = model.get_model_object("latent_format").latent_channels
-        device = comfy.model_management.intermediate_device()
-        return {"samples": torch.zeros(lq_features.tensor.shape[0], channels, height, width, device=device)}
-    samples = latent_image["samples"]
-    if samples.ndim != 4 or tuple(samples.shape[-2:]) != (height, width):
-        raise SettingsError(
-            f"latent_image must be {width * VAE_SCALE_FACTOR} x {height * VAE_SCALE_FACTOR} pixels like the image of "
-            f"the LQ features, got a latent of shape {tuple(samples.shape)}. Encode the same prepared image with both."
-        )
-    if samples.shape[0] != lq_features.tensor.shape[0] and lq_features.tensor.shape[0] != 1:
-        raise SettingsError(
-            f"latent_image holds {samples.shape[0]} images, the LQ features {lq_features.tensor.shape[0]}. Encode "
-            "the same batch with both."
-        )
-    return latent_image.copy()
-
-
-def _sigmas(model: ModelPatcher, scheduler: str, steps: int, denoise: float) -> Tensor:
-    """Noise levels; with denoise below 1 the last `steps` of a longer schedule, as the host has it."""
-    if denoise <= 0.0:
-        return torch.zeros(0)
-    total = steps if denoise >= 1.0 else int(steps / denoise)
-    model_sampling = model.get_model_object("model_sampling")
-    if scheduler == PUBLISHED_SCHEDULE:
-        if total > len(model_sampling.sigmas):
-            raise SettingsError(
-                f"steps / denoise must be at most {len(model_sampling.sigmas)} with the published schedule, got "
-                f"{total}. Take fewer steps, or another scheduler."
-            )
-        sigmas = sampling_sigmas(total, model_sampling.sigmas)
-    else:
-        sigmas = comfy.samplers.calculate_sigmas(model_sampling, scheduler, total)
-    return sigmas.cpu()[-(steps + 1) :]
-
-
-def _starting_noise(model: ModelPatcher, start: StartPoint, samples: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """The noise with which the host, which starts from latent + scale * noise, arrives at the published start.
-
-    This way the latent stays the clean one, which inpainting masks need.
-    """
-    sampling = model.get_model_object("model_sampling")
-    sigma = sigmas[0]
-    latent_format = model.get_model_object("latent_format")
-    empty = not torch.count_nonzero(samples)
-    clean = samples if empty else latent_format.process_in(samples)
-    clean = clean.to(noise)
-    x = start_latent(start, noise, sigma, clean)
-    most = float(sampling.sigma_max)
-    at_most = bool(torch.isclose(sigma, torch.tensor(most), rtol=1e-5)) or float(sigma) > most
-    one = torch.ones(1, 1, 1, 1)
-    scale = sampling.noise_scaling(sigma.view(1, 1, 1, 1), one.clone(), torch.zeros_like(one), at_most)
-    return (x - clean) / scale.to(x)
-
-
-def _check_finite(model: ModelPatcher, samples: Tensor) -> None:
-    if not torch.isfinite(samples).all():
-        dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
-        raise NotFiniteError(
-            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with --bf16-unet "
-            f"or --fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is "
-            f"far too strong does it too."
         )

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from .bridge.vae_tiles import decode_in_tiles
 from .errors import named_errors
-from .inputs import check_tiles, setting_input
+from .inputs import CATEGORY, check_tiles, setting_input
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -22,7 +22,7 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
         return io.Schema(
             node_id="FaithDiffTiledVAEDecode",
             display_name="FaithDiff Tiled VAE Decode",
-            category="FaithDiff",
+            category=CATEGORY,
             description="Decodes large latents in tiles that share their normalization statistics: no tile differs in "
             "tone from its neighbour, and the result matches a decode in one piece.",
             search_aliases=["faithdiff decode", "vae decode tiled", "seamless decode"],
@@ -47,6 +47,6 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
         return check_tiles(tile_size, overlap)
 
     @classmethod
+    @named_errors
     def execute(cls, samples: dict[str, Any], vae: VAE, tile_size: int, overlap: float) -> io.NodeOutput:
-        with named_errors("FaithDiff Tiled VAE Decode"):
-            return io.NodeOutput(decode_in_tiles(vae, samples["samples"], tile_size, overlap))
+        return io.NodeOutput(decode_in_tiles(vae, samples["samples"], tile_size, overlap))

@@ -9,16 +9,13 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor, nn
 
 from ...faithdiff_core.captions.captioner import Captioner, load_captioner
 from ...faithdiff_core.dtypes import COMPUTE_DTYPES
+from .folders import captioner_folders
 from .step_progress import show_text
-
-FOLDER = "LLM"
-"""Model folder that is searched; other packs with language models use this one, too."""
 
 CAPTION_DTYPES: dict[str, torch.dtype | None] = {
     "default": None,
@@ -106,11 +103,6 @@ def _load(source: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     )
 
 
-def register_folder() -> None:
-    """Tell the host of models/LLM, so that it is searched, and can be moved with extra_model_paths.yaml."""
-    folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
-
-
 def resolve_model(name: str) -> str:
     """The folder that is meant by a name, or the name itself (an absolute path or a hub id).
 
@@ -118,7 +110,7 @@ def resolve_model(name: str) -> str:
     """
     name = name.strip()
     if not Path(name).is_absolute():
-        for root in folder_paths.get_folder_paths(FOLDER):
+        for root in captioner_folders():
             for relative in dict.fromkeys((name, name.rpartition("/")[2])):
                 if relative and (folder := Path(root) / relative).is_dir():
                     return str(folder)

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from ...faithdiff_core.dtypes import DTYPES
-from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.errors import ImageError, WeightsError
 from ...faithdiff_core.models.alignment import AlignmentConfig
+from ...faithdiff_core.sdxl import VAE_SCALE_FACTOR
+from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
-from .graph_types import AdapterModels
+from .graph_types import AdapterModels, LQFeatures
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
@@ -196,8 +198,8 @@ def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strengt
         model.patches[key].extend(others)
 
 
-def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, overlap: float) -> torch.Tensor:
-    """Encode images with the host's memory management, progress and cancel.
+def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, overlap: float) -> LQFeatures:
+    """Encode images with ComfyUI's memory management, progress and cancel.
 
     Args:
         faithdiff: the model.
@@ -206,8 +208,19 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
         overlap: real overlap of tiles.
 
     Returns:
-        (B, C, H / 8, W / 8) on the host's intermediate device.
+        Features (B, C, H / 8, W / 8) on ComfyUI's intermediate device.
+
+    Raises:
+        SettingsError: a tile size out of range.
+        ImageError: sides that are no multiples of 8.
     """
+    check_tile_size(tile_size)
+    height, width = pixels.shape[1:3]
+    if height % VAE_SCALE_FACTOR or width % VAE_SCALE_FACTOR:
+        raise ImageError(
+            f"the sides of `pixels` must be multiples of {VAE_SCALE_FACTOR}, got {width} x {height}. Send the "
+            "image through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
+        )
     patcher = faithdiff.lq_encoder
     # What the host allows its own VAEs, whose encoder has the same architecture: half precision overflows there.
     dtype = comfy.model_management.vae_dtype(patcher.load_device, [torch.bfloat16, torch.float32])
@@ -217,26 +230,9 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
     features = patcher.model.encode(
         images, tile_size, overlap, work_progress(), device=patcher.load_device, dtype=dtype
     )
-    return features.to(comfy.model_management.intermediate_device())
+    return LQFeatures(features.to(comfy.model_management.intermediate_device()))
 
 
 def _encode_memory(height: int, width: int, dtype: torch.dtype) -> int:
     """Bytes that encoding one tile takes: the host's own estimate for the encoder of SDXL's VAE."""
     return 1767 * height * width * dtype.itemsize
-
-
-def file_of(folders: tuple[str, ...], name: str) -> str:
-    """The full path of a file that a combo offered.
-
-    Raises:
-        WeightsError: it is in none of the folders any more.
-    """
-    import folder_paths
-
-    for folder in folders:
-        path = folder_paths.get_full_path(folder, name)
-        if path is not None:
-            return path
-    raise WeightsError(
-        f"{Path(name).name} is in none of the model folders {', '.join(folders)}. Put it there, and refresh the page."
-    )

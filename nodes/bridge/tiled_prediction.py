@@ -54,10 +54,12 @@ def add_sampling_wrappers(model: ModelPatcher) -> None:
             model.add_wrapper_with_key(kind, WRAPPER_KEY, wrapper)
 
 
-def set_tiling(model: ModelPatcher, tiling: Tiling) -> None:
-    """Make a cloned MODEL sample in tiles, in place."""
-    add_sampling_wrappers(model)
-    set_up_run(model, tiling=tiling)
+def tiled(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
+    """A MODEL that samples in tiles; the given one stays as it is."""
+    clone = model.clone()
+    add_sampling_wrappers(clone)
+    set_up_run(clone, tiling=tiling)
+    return clone
 
 
 def prepare_sampling(executor: Executor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kw: Any) -> Any:

@@ -177,7 +177,7 @@ def test_denoise(setup: Setup) -> None:
     assert torch.equal(setup.restore(features, denoise=0.0, latent_image=latent), latent["samples"])
     noise = gaussian(1, 4, 8, 8, seed=3)
     half = setup.restore(features, denoise=0.5, steps=3, latent_image=latent, noise=GivenNoise(noise))
-    sigmas = setup.host.pack_module("nodes.sampler")._sigmas(setup.model, "faithdiff", 6, 1.0)[3:]
+    sigmas = setup.host.pack_module("nodes.bridge.restoration").restoration_sigmas(setup.model, "faithdiff", 6, 1.0)[3:]
     positive, negative = setup.conditioned(features)
     model = setup.tiled(setup.model, 1024)
     by_hand = setup.guided(setup.cfg_guider(model, positive, negative, 5.0), noise, latent, sigmas)

@@ -103,5 +103,5 @@ def test_published_schedule(host: Host, setup: Setup, steps: int) -> None:
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
     )
     scheduler.set_timesteps(steps)
-    sigmas = host.pack_module("nodes.sampler")._sigmas(setup.model, "faithdiff", steps, 1.0)
+    sigmas = host.pack_module("nodes.bridge.restoration").restoration_sigmas(setup.model, "faithdiff", steps, 1.0)
     assert torch.allclose(sigmas, scheduler.sigmas, rtol=1e-5, atol=0)

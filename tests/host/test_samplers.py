@@ -60,7 +60,9 @@ def test_tiled_and_untiled(setup: Setup, features: object, sampler: str, schedul
     positive, negative = setup.conditioned(features)
     noise = gaussian(1, 4, SIZE // 8, SIZE // 8)
     if scheduler == "faithdiff":
-        sigmas = setup.host.pack_module("nodes.sampler")._sigmas(setup.model, scheduler, STEPS, 1.0)
+        sigmas = setup.host.pack_module("nodes.bridge.restoration").restoration_sigmas(
+            setup.model, scheduler, STEPS, 1.0
+        )
     else:
         sigmas = setup.host.call("BasicScheduler", model=setup.model, scheduler=scheduler, steps=STEPS, denoise=1.0)[0]
 

@@ -1,0 +1,85 @@
+"""The ends of a graph: enlarged images on their way in, finished ones on their way out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...faithdiff_core.errors import ImageError
+from ...faithdiff_core.images.color import fix_colors
+from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
+from .graph_types import LQFrame
+
+
+def prepare(
+    image: Tensor, scale_by: float, longest_side: int, multiple: int, mask: Tensor | None
+) -> tuple[Tensor, LQFrame]:
+    """Enlarge and pad IMAGEs.
+
+    Args:
+        image: (B, H, W, 3 or 4) in [0, 1].
+        scale_by: factor on both sides.
+        longest_side: pixels of the longer side instead of the factor; 0 is off.
+        multiple: of pixels that the padded sides are, itself a multiple of 8.
+        mask: transparency, (B or 1, h, w); an alpha channel takes its place where it is None.
+
+    Returns:
+        The padded IMAGE, and what the end of the graph needs to know.
+
+    Raises:
+        ImageError: `multiple` is none of 8, or masks and images differ in number.
+    """
+    if multiple % 8:
+        nearest = max(8, round(multiple / 8) * 8)
+        raise ImageError(f"multiple must be a multiple of 8, got {multiple}. The nearest is {nearest}.")
+    height, width = target_size(image.shape[1], image.shape[2], scale=scale_by, longest_side=longest_side or None)
+    images = resize_lanczos(_channels_first(image), height, width)
+    if mask is None and images.shape[1] > 3:
+        mask = 1.0 - images[:, 3]
+    elif mask is not None:
+        if mask.shape[0] not in (1, image.shape[0]):
+            raise ImageError(
+                f"there are {mask.shape[0]} masks for {image.shape[0]} images; give one for each, or one for all."
+            )
+        mask = resize_lanczos(mask.unsqueeze(1), height, width)[:, 0]
+    colors = images[:, :3]
+    return _channels_last(pad_to_multiple(colors, multiple)), LQFrame(_channels_last(colors), mask)
+
+
+def finish(image: Tensor, frame: LQFrame, color_fix: str) -> tuple[Tensor, Tensor]:
+    """Crop restored IMAGEs and correct their colours.
+
+    Args:
+        image: (B, H, W, 3) in [0, 1], padded.
+        frame: from `prepare`.
+        color_fix: adain, wavelet or none.
+
+    Returns:
+        IMAGE of the frame's size, and MASK.
+
+    Raises:
+        ImageError: image and frame do not belong together.
+    """
+    height, width = frame.size
+    if image.shape[1] < height or image.shape[2] < width:
+        raise ImageError(
+            f"the image is {image.shape[2]} x {image.shape[1]}, smaller than the {width} x {height} of the "
+            "frame. Connect the frame of the same FaithDiff Prepare Image that this image came through."
+        )
+    if frame.image.shape[0] not in (1, image.shape[0]):
+        raise ImageError(
+            f"there are {image.shape[0]} images, but the frame is of {frame.image.shape[0]}. Connect the "
+            "frame that belongs to this batch."
+        )
+    cropped = _channels_first(image[:, :height, :width, :3])
+    fixed = fix_colors(cropped, _channels_first(frame.image), color_fix).clamp(0.0, 1.0)
+    mask = frame.mask if frame.mask is not None else torch.zeros(1, height, width)
+    return _channels_last(fixed), mask.expand(image.shape[0], -1, -1).clone()
+
+
+def _channels_first(image: Tensor) -> Tensor:
+    return image.movedim(-1, 1)
+
+
+def _channels_last(image: Tensor) -> Tensor:
+    return image.movedim(1, -1).contiguous()
