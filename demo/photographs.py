@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from faithdiff_core.images.formats import pillow_formats
+
 GENERATED_SIDE = 384
 """Side of a generated image in pixels."""
 
@@ -55,7 +57,7 @@ def find_photographs(patterns: Sequence[str], share: str) -> list[Path]:
 
 def load_photograph(path: Path, long_side: int) -> Image.Image:
     """Read a photograph as RGB, its long side at most `long_side` pixels; reducing it removes JPEG traces and noise."""
-    with Image.open(path) as opened:
+    with Image.open(path, formats=pillow_formats()) as opened:
         opened.draft("RGB", (2 * long_side, 2 * long_side))
         image = opened.convert("RGB")
     factor = long_side / max(image.size)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..engine.restoration import Progress
 from ..errors import FaithDiffError, ImageError, SettingsError
-from ..images.reading import READ_SUFFIXES
+from ..images.formats import list_folder, read_suffixes
 from ..images.writing import WRITE_SUFFIXES, check_output_name
 from .progress_line import ProgressLine
 
@@ -74,7 +74,7 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
             found.setdefault(source, name)
     if not found:
         raise SettingsError(
-            f"There is no image in {', '.join(inputs)}: no file with one of the endings {', '.join(READ_SUFFIXES)}."
+            f"There is no image in {', '.join(inputs)}: no file with one of the endings {', '.join(read_suffixes())}."
         )
     sources = list(found)
     named_file = bool(output.suffix) and not os.path.isdir(output)
@@ -127,9 +127,8 @@ def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
         results = _real(output)
         if results == _real(path):
             raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
-        for file in sorted(path.rglob("*")):
-            wanted = file.suffix.lower() in READ_SUFFIXES and not file.name.startswith(".") and os.path.isfile(file)
-            if wanted and results not in _real(file).parents:
+        for file in list_folder(path).files:
+            if results not in _real(file).parents:
                 yield file, file.relative_to(path)
     elif os.path.lexists(path) or not glob.has_magic(word):
         # One that does not exist is a failure like any other: it must not keep the others from being done.
@@ -138,6 +137,13 @@ def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
         for file in map(Path, sorted(glob.glob(word, recursive=True))):
             if os.path.isfile(file):
                 yield file, Path(file.name)
+
+
+def left_out(inputs: Sequence[str], output: Path) -> list[Path]:
+    """Images in the folders among `inputs` whose formats are not read."""
+    results = _real(output)
+    folders = [Path(word) for word in inputs if os.path.isdir(word)]
+    return [file for folder in folders for file in list_folder(folder).left_out if results not in _real(file).parents]
 
 
 def _real(path: Path) -> Path:

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.description import add_option, described, option
@@ -15,12 +15,10 @@ from ..engine.restoration import ModelFiles, Progress, Restoration
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
+from ..images.formats import left_out_note
 from ..images.geometry import check_positive
 from ..images.writing import WRITE_SUFFIXES
-from .jobs import Job, Report, attempt, find_jobs, possible
-
-if TYPE_CHECKING:
-    pass
+from .jobs import Job, Report, attempt, find_jobs, left_out, possible
 
 _EXAMPLES = """
 examples:
@@ -120,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
     todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
     report = Report(skipped=len(jobs) - len(todo))
     todo = possible(todo, report)
+    if note := left_out_note(left_out(args.inputs, args.output)):
+        sys.stderr.write(note + "\n")
     code = 0
     if todo:
         pipeline = restoration.files.load()

@@ -142,8 +142,8 @@ class Restoration:
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
         recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
-        save_image(target, replace(image, colors=result[0], alpha=alpha), text=text)
-        return image.notes
+        saved = save_image(target, replace(image, colors=result[0], alpha=alpha), text=text)
+        return (*image.notes, *saved)
 
     def prompt_for(self, source: Path) -> str:
         """The prompt of one image: its caption where captions are asked for and it has one.

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ImageError, SettingsError
-from ..images.reading import READ_SUFFIXES, load_image
+from ..images.formats import list_folder, read_suffixes
+from ..images.reading import load_image
 from .metrics import FULL_REFERENCE, ImageArray, available_metrics
 
 
@@ -71,13 +72,9 @@ def _files(path: Path) -> dict[str, Path]:
         return {path.stem: path}
     if not path.is_dir():
         raise ImageError(f"There is no file or folder {path}. Check the name.")
-    files = {
-        str(f.relative_to(path).with_suffix("")): f
-        for f in sorted(path.rglob("*"))
-        if f.suffix.lower() in READ_SUFFIXES
-    }
+    files = {str(f.relative_to(path).with_suffix("")): f for f in list_folder(path).files}
     if not files:
-        raise ImageError(f"The folder {path} has no images ({', '.join(READ_SUFFIXES)}).")
+        raise ImageError(f"The folder {path} has no images ({', '.join(read_suffixes())}).")
     return files
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import SettingsError
 from ..sdxl import VAE_SCALE_FACTOR
-from .reading import MAX_PIXELS
+from .formats import MAX_PIXELS
 
 LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 """What libjpeg and libwebp can hold, in pixels."""

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import io
-import struct
-import threading
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,34 +12,21 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, MissingPackageError, install_extra
+from .depth import av1_or_hevc_bits, jpeg2000_bits, jxl_size_and_bits, read_netpbm
+from .formats import check_pixels, no_pixel_limit, open_pillow, read_content
+from .png import PngFile, check_complete, read_png
+from .tiff import TiffPage, check_layout, main_page, read_samples
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-MAX_PIXELS = 2**28
-"""Most pixels of an image that is read or made: 16384 x 16384, eight times an 8K frame. As float32 RGB it is 3 GiB."""
-
-READ_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".gif",
-    ".avif",
-    ".jp2",
-    ".ppm",
-    ".pgm",
-    ".tga",
-)
-"""Names by which images are found in a folder. A file that is named itself is read whatever its name."""
-
 _ORIENTATION_TAG = 0x0112
 
-_TIFF_BITS_TAG = 258
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_MAX_COUNTED = 2**25
+"""Bytes of the largest GIF whose frames are counted: Pillow walks through all of them."""
 
 
 @dataclass(frozen=True)
@@ -73,87 +56,161 @@ class LoadedImage:
 
 
 def load_image(path: str | Path) -> LoadedImage:
-    """Read an image file.
+    """Read an image file of a format in `formats`.
 
     The orientation in its EXIF data is applied. Colours of 8 bits with a profile, and CMYK, are converted to sRGB; grey
-    and 16-bit images keep their numbers and their profile. Of several frames the first is taken.
+    and 16-bit images keep their numbers and their profile. Of several frames the first is taken, of a TIFF the first
+    that is no thumbnail. Pixels are counted before they are decoded.
 
     Raises:
-        ImageError: it is no image, is damaged, or has more than `MAX_PIXELS`.
-        MissingPackageError: 16-bit colours need opencv-python-headless.
+        ImageError: it is no image, is corrupted or truncated, has more than `MAX_PIXELS`, or has a layout or depth that
+            is not supported.
+        MissingPackageError: 16-bit colours of PNG need opencv-python-headless, HEIF and JPEG XL their plugins.
     """
-    from PIL import Image, UnidentifiedImageError
-
     path = Path(path)
-    if not path.exists():
-        raise ImageError(f"There is no file {path}. Check the name and the folder.")
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, not an image.")
-    if path.stat().st_size == 0:
-        raise ImageError(f"{path.name} is empty (0 bytes).")
+    return decode_image(read_content(path), os.fspath(path.name))
+
+
+def decode_image(content: bytes, name: str) -> LoadedImage:
+    """Read an image from a file's bytes; see `load_image`.
+
+    Args:
+        content: all of the file.
+        name: what to call it in messages.
+    """
     try:
-        with _no_pixel_limit(), Image.open(path) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageError(
-                    f"{path.name} has {width} x {height} pixels; at most {MAX_PIXELS} are worked with (16384 x 16384, "
-                    f"say). Cut it into parts, or reduce it first."
-                )
-            return _load(path, image)
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{path.name} is not an image that can be read. Expected PNG, JPEG, WebP, TIFF, BMP, GIF or AVIF."
-        ) from error
-    except ImageError:
+        decoded = _decode(content, name)
+        return _as_loaded(decoded)
+    except (ImageError, MissingPackageError):
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error) as error:
-        raise ImageError(f"{path.name} is damaged or cut ({error}). Get the file again.") from error
+    except MemoryError as error:
+        raise ImageError(f"{name} needs more memory than there is. Reduce it first.") from error
+    # Pillow's decoders raise whatever they stumble over: OSError, SyntaxError, struct.error, RuntimeError and more.
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        if "can't allocate memory" in reason:
+            raise ImageError(f"{name} needs more memory than there is. Reduce it first.") from error
+        raise ImageError(f"{name} is corrupted or truncated ({reason}). Get the file again.") from error
 
 
-_pixel_limit_lock = threading.Lock()
+@dataclass
+class _Decoded:
+    """An image as the file has it: (H, W, C) with 1 to 4 channels (L, LA, RGB, RGBA) from 0 to 2**bits - 1."""
+
+    values: np.ndarray
+    bits: int
+    orientation: int
+    icc: bytes | None
+    notes: list[str]
 
 
-@contextmanager
-def _no_pixel_limit() -> Iterator[None]:
-    """Lift Pillow's own limit while a file is opened; it is lower than ours, and an error without a remedy."""
-    from PIL import Image
-
-    with _pixel_limit_lock:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-
-
-def _load(path: Path, image: Image) -> LoadedImage:
-    notes = []
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO is how phones keep a depth map or a preview beside a photograph
-        notes.append(f"it has {frames} frames; only the first is used")
-    icc = image.info.get("icc_profile") or None
-    bits, grey = 8, False
-    if _has_16_bit_colors(path, image):
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1) if image.format != "TIFF" else 1
-        values = _read_with_opencv(path)
-        bits = 16
-    else:
-        image.load()
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        if image.mode in ("F", "I") or image.mode.startswith("I;"):
-            values = _deep_grey(path, image)
-            bits = 16
-        else:
-            flat, icc, note = _to_plain_mode(image, icc)
-            notes += note
-            values = _as_array(flat)
-    channels = values.shape[2]
+def _as_loaded(decoded: _Decoded) -> LoadedImage:
+    channels = decoded.values.shape[2]
     grey = channels <= 2
-    limit = 255.0 if bits == 8 else 65535.0
-    tensor = _upright(torch.from_numpy(values.astype("float32")).permute(2, 0, 1).div_(limit), orientation)
+    limit = 255.0 if decoded.bits == 8 else 65535.0
+    tensor = torch.from_numpy(decoded.values.astype("float32")).permute(2, 0, 1).div_(limit)
+    tensor = _upright(tensor, decoded.orientation)
     alpha = tensor[-1:].contiguous() if channels in (2, 4) else None
     colors = tensor[:1].expand(3, -1, -1) if grey else tensor[:3]
-    return LoadedImage(colors.contiguous(), alpha, grey, bits, icc, tuple(notes))
+    return LoadedImage(colors.contiguous(), alpha, grey, decoded.bits, decoded.icc, tuple(decoded.notes))
+
+
+def _decode(content: bytes, name: str) -> _Decoded:
+    if content[:4] in _TIFF_MAGIC:
+        return _decode_tiff(content, name)
+    _check_depth(content, name)
+    png = read_png(content)
+    image = open_pillow(content if png is None else png.content, name)
+    notes = _frame_notes(image, len(content))
+    icc = image.info.get("icc_profile") or None
+    if png is not None:
+        icc = png.icc
+        if png.bad_profile:
+            notes.append("its colour profile is corrupted, and was left out")
+        if png.bits == 16:
+            values = _png_16_bit_grey(image, png) if png.color_type == 0 else _png_16_bit_colors(png, name)
+            return _Decoded(values, 16, _orientation(image), icc, notes)
+    if image.format == "PPM":
+        check_pixels(name, *image.size)
+        netpbm = read_netpbm(content)
+        if netpbm is not None:
+            values, bits = netpbm
+            return _Decoded(values, bits, 1, None, notes)
+    if image.format == "JPEG2000" and image.mode != "I;16" and jpeg2000_bits(content) > 8:
+        raise _too_deep(name, "JPEG 2000", jpeg2000_bits(content))
+    return _decode_pillow(image, name, icc, notes)
+
+
+def _decode_pillow(image: Image, name: str, icc: bytes | None, notes: list[str]) -> _Decoded:
+    image.load()
+    orientation = _orientation(image)  # behind a PNG's pixels, perhaps; Pillow turns a TIFF by itself, and says 1
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        return _Decoded(_deep_grey(name, image), 16, orientation, icc, notes)
+    flat, icc, more = _to_plain_mode(image, icc)
+    return _Decoded(_as_array(flat), 8, orientation, icc, notes + more)
+
+
+def _decode_tiff(content: bytes, name: str) -> _Decoded:
+    page = main_page(content, name)
+    check_layout(page, name)
+    notes = [f"it has {page.pages} frames; only the first is used"] if page.pages > 1 else []
+    if page.needs_own_reader:
+        values, more = read_samples(content, page, name)
+        return _Decoded(values, page.bits, page.orientation, page.icc, notes + more)
+    image = _open_tiff(content, page, name)
+    return _decode_pillow(image, name, page.icc, notes)
+
+
+def _open_tiff(content: bytes, page: TiffPage, name: str) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with no_pixel_limit():
+            image = Image.open(io.BytesIO(page.alone(content)), formats=("TIFF",))
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is a TIFF of a layout that is not supported: {page.describe()}. Save it as RGB or grey, or as PNG."
+        ) from error
+    check_pixels(name, *image.size)
+    return image
+
+
+def _check_depth(content: bytes, name: str) -> None:
+    """Refuse what Pillow would cut to 8 bits, and count the pixels of what its plugin decodes while opening it."""
+    if content[4:8] == b"ftyp" and (bits := av1_or_hevc_bits(content)) > 8:
+        raise _too_deep(name, "AVIF" if b"av1C" in content[:65536] else "HEIF", bits)
+    if content[:2] == b"\xff\x0a" or content[4:12] == b"JXL \r\n\x87\n":
+        header = jxl_size_and_bits(content)
+        if header is None:
+            raise ImageError(f"{name} is a JPEG XL of a layout that is not supported. Save it as PNG.")
+        width, height, bits = header
+        check_pixels(name, width, height)
+        if bits > 8:
+            raise _too_deep(name, "JPEG XL", bits)
+
+
+def _too_deep(name: str, kind: str, bits: int) -> ImageError:
+    return ImageError(
+        f"{name} is {kind} with {bits} bits per channel, of which 8 alone could be read. Save it as PNG or TIFF with "
+        f"16 bits, or with 8 bits."
+    )
+
+
+def _frame_notes(image: Image, size: int) -> list[str]:
+    """A word about frames that are left out. MPO is how phones keep a depth map or a preview beside a photograph."""
+    if image.format == "MPO" or not getattr(image, "is_animated", False):
+        return []
+    if image.format == "GIF" and size > _MAX_COUNTED:
+        return ["it has several frames; only the first is used"]
+    return [f"it has {getattr(image, 'n_frames', 1)} frames; only the first is used"]
+
+
+def _orientation(image: Image) -> int:
+    """The EXIF orientation; that of a file with corrupted EXIF data is upright, as viewers show it."""
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # as with decoders, anything
+        return 1
 
 
 def _to_plain_mode(image: Image, icc: bytes | None) -> tuple[Image, bytes | None, list[str]]:
@@ -200,7 +257,7 @@ def _to_srgb(image: Image, icc: bytes | None) -> tuple[Image, bytes | None, list
         return (
             image.convert("RGB"),
             None,
-            ["its colour profile is damaged or does not fit, and was left out"],
+            ["its colour profile is corrupted or does not fit, and was left out"],
         )
     assert converted is not None
     return converted, ImageCms.ImageCmsProfile(srgb).tobytes(), []
@@ -213,54 +270,52 @@ def _as_array(image: Image) -> np.ndarray:
     return values if values.ndim == 3 else values[..., None]
 
 
-def _deep_grey(path: Path, image: Image) -> np.ndarray:
+def _deep_grey(name: str, image: Image) -> np.ndarray:
     """Grey of 16 bits, (H, W, 1), which Pillow gives in one of several modes."""
     values = _as_array(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise ImageError(
-            f"{path.name} has grey values of 32 bits ({values.min()} to {values.max()}), whose white point is unknown. "
+            f"{name} has grey values of 32 bits ({values.min()} to {values.max()}), whose white point is unknown. "
             f"Save it with 8 or 16 bits."
         )
     return values
 
 
-def _has_16_bit_colors(path: Path, image: Image) -> bool:
-    """Whether a file has more than 8 bits in several channels, which Pillow would cut to 8."""
-    if image.format == "PNG":
-        with path.open("rb") as file:
-            header = file.read(26)
-        return header[24] == 16 and header[25] != 0
-    if image.format == "TIFF":
-        bits = getattr(image, "tag_v2", {}).get(_TIFF_BITS_TAG, (8,))
-        return len(bits) > 1 and bits[0] == 16
-    return False
+def _png_16_bit_grey(image: Image, png: PngFile) -> np.ndarray:
+    """L or LA of 16 bits, (H, W, C), uint16."""
+    import numpy as np
+
+    image.load()
+    values = _as_array(image).astype(np.uint16)
+    if not png.transparent:
+        return values
+    return np.concatenate([values, np.where(values == png.transparent[0], 0, 65535).astype(np.uint16)], axis=2)
 
 
-def _read_with_opencv(path: Path) -> np.ndarray:
-    """16-bit LA, RGB or RGBA, (H, W, C), uint16."""
+def _png_16_bit_colors(png: PngFile, name: str) -> np.ndarray:
+    """LA, RGB or RGBA of 16 bits, (H, W, C), uint16; Pillow would cut them to 8."""
     try:
         import cv2
     except ImportError as error:
         raise MissingPackageError(
-            f"{path.name} has 16-bit colours, for which opencv-python-headless is needed: {install_extra('engine')}, "
+            f"{name} has 16-bit colours, for which opencv-python-headless is needed: {install_extra('engine')}, "
             f"or save it with 8 bits."
         ) from error
     import numpy as np
 
-    values = cv2.imdecode(np.fromfile(path, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None or values.dtype != np.uint16:
-        raise ImageError(
-            f"{path.name} is damaged, or has 16-bit colours in a layout that cannot be read. Save it as PNG."
-        )
-    if values.ndim == 2:
-        return np.ascontiguousarray(values[..., None])
-    order = [2, 1, 0, 3][: values.shape[2]]
-    values = np.ascontiguousarray(values[..., order])
-    with path.open("rb") as file:
-        header = file.read(26)
-    if header[:4] == b"\x89PNG" and header[25] == 4:  # grey with alpha, which OpenCV gives as colours
+    check_complete(png)
+    values = cv2.imdecode(np.frombuffer(png.content, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.dtype != np.uint16 or values.shape[:2] != (png.height, png.width) or values.ndim != 3:
+        raise ValueError("its pixels cannot be decoded")
+    if png.color_type == 4:  # grey with alpha, which OpenCV gives as colours
         return np.ascontiguousarray(values[..., [0, 3]])
-    return values
+    colors = np.ascontiguousarray(values[..., [2, 1, 0]])
+    if png.color_type == 6:
+        return np.concatenate([colors, values[..., 3:]], axis=2)
+    if png.transparent:
+        hidden = (colors == np.array(png.transparent, dtype=np.uint16)).all(axis=2, keepdims=True)
+        return np.concatenate([colors, np.where(hidden, 0, 65535).astype(np.uint16)], axis=2)
+    return colors
 
 
 def _upright(image: Tensor, orientation: int) -> Tensor:

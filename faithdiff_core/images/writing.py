@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..atomic import write_atomically
 from ..errors import ImageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 JPEG_QUALITY = 95
 
+MAX_JPEG_TEXT = 65533 - len(b"Exif\0\0")
+"""Bytes of EXIF data that a JPEG file holds."""
+
 _LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, by which Pillow turns colours into grey, too."""
 
@@ -36,7 +39,7 @@ def save_image(
     image: LoadedImage,
     *,
     text: Mapping[str, str] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write an image in the format that the name says, to a temporary name first.
 
     Args:
@@ -44,13 +47,25 @@ def save_image(
         image: grey, alpha, bits and profile decide about the file's mode.
         text: entries for the file's metadata: PNG text, and the EXIF description (one JSON text) elsewhere.
 
+    Returns:
+        What a user should know: texts that are too long for the format, and were left out.
+
     Raises:
         ImageError: another ending, JPEG for an image with transparency, or more pixels than the format can hold.
+        OSError: the file cannot be written; nothing is left under its name.
     """
     path = Path(path)
     suffix = check_output(path, *image.size, transparent=image.alpha is not None)
-    content = _encode_png(image, text or {}) if suffix == ".png" else _encode_lossy(image, suffix, text or {})
+    kept = dict(text or {})
+    notes: tuple[str, ...] = ()
+    if suffix in (".jpg", ".jpeg"):
+        while kept and len(_exif(kept)) > MAX_JPEG_TEXT:
+            longest = max(kept, key=lambda key: len(kept[key]))
+            del kept[longest]
+            notes += (f"its metadata `{longest}` is longer than the 64 KB that JPEG takes, and was left out",)
+    content = _encode_png(image, kept) if suffix == ".png" else _encode_lossy(image, suffix, kept)
     write_atomically(path, content)
+    return notes
 
 
 def check_output_name(path: Path) -> str:
@@ -82,17 +97,6 @@ def check_output(path: Path, height: int, width: int, *, transparent: bool) -> s
             f"pixels. Name it .png."
         )
     return suffix
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside `path`, then rename: under `path` there is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _quantised(image: LoadedImage, bits: int) -> np.ndarray:
@@ -153,21 +157,46 @@ def _encode_png16(values: np.ndarray, icc: bytes | None, text: Mapping[str, str]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def _encode_lossy(image: LoadedImage, suffix: str, text: Mapping[str, str]) -> bytes:
+def _exif(text: Mapping[str, str]) -> bytes:
+    """EXIF data with all texts as one JSON text in the description."""
     import json
 
     from PIL import Image
 
-    encoded = _as_image(image)
-    options: dict[str, Any] = {"quality": JPEG_QUALITY, "icc_profile": image.icc}
+    exif = Image.Exif()
+    exif[_DESCRIPTION_TAG] = json.dumps(dict(text))
+    return exif.tobytes()
+
+
+def _grey_as_rgb(encoded: Image, icc: bytes | None) -> tuple[Image, bytes | None]:
+    """L or LA as RGB or RGBA, with sRGB's profile if it had a grey one: a profile goes with a number of channels."""
+    from PIL import ImageCms
+
+    colors = encoded.convert("RGB")
+    if icc is not None:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            if profile.profile.xcolor_space.strip() == "GRAY":
+                srgb = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(encoded.getchannel(0), profile, srgb, outputMode="RGB")
+                assert converted is not None
+                colors, icc = converted, ImageCms.ImageCmsProfile(srgb).tobytes()
+        except (ImageCms.PyCMSError, OSError):
+            icc = None
+    if encoded.mode == "LA":
+        colors.putalpha(encoded.getchannel("A"))
+    return colors, icc
+
+
+def _encode_lossy(image: LoadedImage, suffix: str, text: Mapping[str, str]) -> bytes:
+    encoded, icc = _as_image(image), image.icc
+    if suffix == ".webp" and encoded.mode in ("L", "LA"):  # WebP has no grey
+        encoded, icc = _grey_as_rgb(encoded, icc)
+    options: dict[str, Any] = {"quality": JPEG_QUALITY, "icc_profile": icc}
     if text:
-        exif = Image.Exif()
-        exif[_DESCRIPTION_TAG] = json.dumps(dict(text))
-        options["exif"] = exif.tobytes()
+        options["exif"] = _exif(text)
     if suffix == ".webp":
         kind = "WEBP"
-        if encoded.mode in ("L", "LA"):  # WebP has no grey
-            encoded = encoded.convert("RGB" if encoded.mode == "L" else "RGBA")
     else:
         kind = "JPEG"
         options["subsampling"] = 0

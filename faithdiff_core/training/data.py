@@ -18,12 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
-from ..images.reading import READ_SUFFIXES, load_image
+from ..images.formats import list_folder, read_suffixes
+from ..images.reading import decode_image, load_image
 from ..sdxl import TRAIN_STEPS
 from .config import DataConfig
 from .degradation import degrade, to_image, to_tensor
@@ -70,10 +71,14 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise ImageError(f"There is no folder {folder}. Check the name.")
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in READ_SUFFIXES and f.is_file())
-    if not files:
-        raise ImageError(f"The folder {folder} has no images ({', '.join(READ_SUFFIXES)}).")
-    return files
+    found = list_folder(folder)
+    if not found.files:
+        raise ImageError(
+            f"The folder {folder} has no images ({', '.join(read_suffixes())}).{' ' * bool(found.note)}{found.note}"
+        )
+    if found.note:
+        logger.warning("%s: %s", folder, found.note)
+    return found.files
 
 
 def open_image(path: Path) -> Image.Image:
@@ -140,10 +145,10 @@ class FolderSource:
             return ""
         text, data = file.with_suffix(".txt"), file.with_suffix(".json")
         if kind in ("auto", "text") and text.is_file():
-            return text.read_text(encoding="utf-8").strip()
+            return text.read_text(encoding="utf-8-sig").strip()
         if kind in ("auto", "json") and data.is_file():
             try:
-                caption = json.loads(data.read_text(encoding="utf-8"))["caption"]
+                caption = json.loads(data.read_text(encoding="utf-8-sig"))["caption"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ImageError(f'{data} has no caption: expected {{"caption": "..."}} ({error!r})') from error
             if not isinstance(caption, str):
@@ -188,7 +193,8 @@ class DatasetsSource:
             )
         if not len(loaded):
             raise ImageError(f"The data set {config.huggingface} is empty.")
-        self.rows = loaded
+        # Undecoded: the library would let Pillow take a file for any format, and some run other programs.
+        self.rows = loaded.cast_column(config.image_column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -207,11 +213,14 @@ class DatasetsSource:
         return caption.strip()
 
     def read(self, index: int) -> Sample:
+        row = self.rows[index]
+        stored = row[self.config.image_column]
         try:
-            row = self.rows[index]
-            image = row[self.config.image_column].convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError, AttributeError) as error:
+            content = stored["bytes"]
+            loaded = load_image(stored["path"]) if content is None else decode_image(content, self.name(index))
+        except (ImageError, TypeError, KeyError) as error:
             raise ImageError(f"{self.name(index)} cannot be decoded: {error}") from error
+        image = to_image(loaded.colors)
         return Sample(image, None, "" if self.config.captions == "none" else self._caption(row))
 
 

@@ -14,8 +14,9 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from faithdiff_core.errors import ImageError, SettingsError
+from faithdiff_core.images.formats import MAX_PIXELS
 from faithdiff_core.images.geometry import crop_to, pad_to_multiple, resize_lanczos, target_size
-from faithdiff_core.images.reading import MAX_PIXELS, LoadedImage, load_image
+from faithdiff_core.images.reading import LoadedImage, load_image
 from faithdiff_core.images.writing import check_output, save_image
 
 RNG = np.random.default_rng(0)
@@ -292,7 +293,7 @@ class TestProfiles:
     def test_a_damaged_profile_is_told(self, tmp_path: Path) -> None:
         values = _noise(4, 4, 3)
         loaded = load_image(_saved(tmp_path, Image.fromarray(values), icc_profile=b"nonsense" * 40))
-        assert "colour profile is damaged" in loaded.notes[0]
+        assert "colour profile is corrupted" in loaded.notes[0]
         assert loaded.icc is None
         assert np.allclose(loaded.colors.permute(1, 2, 0).numpy() * 255, values)
 

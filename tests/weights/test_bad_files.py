@@ -342,7 +342,7 @@ class TestImages:
         path = tmp_path / name
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
         os.truncate(path, path.stat().st_size // 2)
-        with pytest.raises(ImageError, match=f"{name} is (damaged or cut|not an image)"):
+        with pytest.raises(ImageError, match=f"{name} is (corrupted or truncated|not an image)"):
             load_image(path)
 
     def test_damaged_16_bits(self, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ class TestImages:
         content = bytearray(path.read_bytes())
         content[60:] = bytes(len(content) - 60)
         path.write_bytes(content)
-        with pytest.raises(ImageError, match=r"a\.png is damaged"):
+        with pytest.raises(ImageError, match=r"a\.png is corrupted"):
             load_image(path)
 
     def test_no_file_and_folder(self, tmp_path: Path) -> None:
