@@ -16,7 +16,7 @@ HOST_STAMP := $(if $(HOST_REQUIREMENTS),$(VENV)/.installed-host$(subst /,_,$(COM
 # mypy reads the pack as a host does, as one package with a name of its own.
 PACK := build/types/faithdiff_pack
 
-.PHONY: help demo test test-full lint format install host-note clean
+.PHONY: help demo test test-full lint types format install host-note clean
 
 help:
 	@echo "make demo       restore a photograph with a small model; writes demo_output/"
@@ -35,9 +35,11 @@ test: lint host-note
 test-full: lint host-note
 	$(PY) -m pytest -m "slow or not slow"
 
-lint: install $(PACK)
+lint: install types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+types: install $(PACK)
 	MYPYPATH=build/types:docs/examples $(PY) -m mypy -p faithdiff_pack.faithdiff_core -p faithdiff_pack.nodes -m restore_over_http
 
 format: install

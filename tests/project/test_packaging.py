@@ -91,7 +91,7 @@ def test_the_archive_has_what_users_need(archive: list[str]) -> None:
         "assets/",
     )
     needed = {name for name in tracked if name.startswith(parts)}
-    files = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "LICENSE"}
+    files = {"__init__.py", "pyproject.toml", "requirements.txt", "README.md", "CONTRIBUTING.md", "LICENSE"}
     assert set(archive) == needed | files
     assert len(archive) == len(set(archive))
 
@@ -124,20 +124,18 @@ def test_only_the_core_is_installed(project: dict[str, Any]) -> None:
     assert out.stdout.split() == ["True", "None"]
 
 
-def test_import_is_quick_and_light() -> None:
-    # Processor time, so that a busy machine does not count.
+def test_import_is_light() -> None:
+    """How long it takes is the row `import` of the benchmarks."""
     code = (
-        "import sys, torch, time\n"
-        "start = time.process_time(); before = set(sys.modules)\n"
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
         "import faithdiff_core\n"
-        "print(time.process_time() - start)\n"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    seconds, modules = out.splitlines()
-    assert float(seconds) < 0.5
     heavy = {"diffusers", "transformers", "PIL", "cv2", "safetensors", "accelerate", "peft", "comfy"}
-    assert heavy.isdisjoint(modules.split())
+    assert "faithdiff_core" in out.split()
+    assert heavy.isdisjoint(out.split())
 
 
 def test_collection_does_not_import_the_pack(tmp_path: Path) -> None:
