@@ -23,7 +23,7 @@ from torch import Tensor
 
 from faithdiff_core.captions.captioner import load_captioner
 from faithdiff_core.captions.trim import trim_caption
-from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
+from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 
 PROMPT = "Describe this image"
 TOKENS = 16

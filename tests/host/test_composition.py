@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from support.host_sampling import Setup, gaussian, images, load, relative
 from torch import Tensor
 
-from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
+from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 from faithdiff_core.tiling.grid import Tile, TileGrid
 
 HEIGHT, WIDTH, TILE, OVERLAP = 104, 152, 64, 0.5

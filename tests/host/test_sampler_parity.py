@@ -10,7 +10,7 @@ from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file
 from support.host_sampling import GivenNoise, Setup, load, relative
 
-from faithdiff_core.sampling.schedule import VAE_SCALING_FACTOR
+from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CASES = {case["name"]: case for case in MANIFEST["cases"]}
