@@ -6,9 +6,35 @@ has to say where it happened.
 
 from __future__ import annotations
 
+from unicodedata import category
+
+_UNSEEN = {"Cc", "Cs"}
+"""Unicode categories of control characters and of halves of characters, which consoles cannot write."""
+
+_TURNING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the direction of the text after them."""
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """A text with escapes for the characters that could steer a terminal; files and their names may hold any.
+
+    Args:
+        text: any text.
+        keep: control characters that stay.
+    """
+    return "".join(
+        char.encode("unicode_escape", "surrogatepass").decode()
+        if char not in keep and (category(char) in _UNSEEN or char in _TURNING)
+        else char
+        for char in text
+    )
+
 
 class FaithDiffError(ValueError):
     """Base of all errors that bad input causes; its text is written for the person who gave the input."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class SettingsError(FaithDiffError):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..dtypes import DTYPES
+from ..errors import printable
 from ..weights.conversion import convert
 from .progress_line import ProgressLine
 
@@ -44,5 +45,5 @@ def run_convert(args: argparse.Namespace) -> int:
     finally:
         line.clear()
     for path in paths:
-        sys.stdout.write(f"{path} ({path.stat().st_size / 1e6:,.0f} MB)\n")
+        sys.stdout.write(f"{printable(str(path))} ({path.stat().st_size / 1e6:,.0f} MB)\n")
     return 0

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dtypes import dtype_name
+from ..errors import printable
 from ..weights.faithdiff_file import FaithDiffWeights, read_faithdiff
 
 _KINDS = {
@@ -29,24 +30,32 @@ def add_info_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """Describe a weights file.
+    """Describe a weights file, and read it to the end for values that are NaN or infinite; 1 if there are such.
 
     Raises:
         WeightsError: it is no FaithDiff file; the text says what it is.
     """
     facts = describe(read_faithdiff(args.file))
+    code = int(any(part["not_finite"] for part in facts["parts"].values()))
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
-        return 0
+        return code
     lines = [f"{args.file.name} is {_KINDS[facts['kind']]}."]
     for name, part in facts["parts"].items():
         sizes = ", ".join(f"{key} {value}" for key, value in part["sizes"].items())
         dtypes = ", ".join(part["dtypes"])
         lines.append(f"  {name}: {part['tensors']} tensors, {part['parameters'] / 1e6:,.1f} M parameters, {dtypes}")
         lines.append(f"    {sizes}")
+        if part["not_finite"]:
+            some = ", ".join(part["not_finite"][:3])
+            lines.append(
+                f"    NOT USABLE: {len(part['not_finite'])} of {part['tensors']} tensors hold NaN or infinite values, "
+                f"such as {some}"
+            )
     lines += [f"  {key}: {value}" for key, value in facts["metadata"].items()]
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    # Metadata are a stranger's texts: nothing in them may steer the terminal.
+    sys.stdout.write("".join(printable(line, keep="") + "\n" for line in lines))
+    return code
 
 
 def describe(weights: FaithDiffWeights) -> dict[str, Any]:
@@ -57,6 +66,7 @@ def describe(weights: FaithDiffWeights) -> dict[str, Any]:
             "parameters": sum(tensor.numel() for tensor in part.state.values()),
             "dtypes": _dtypes(part.state),
             "sizes": vars(part.config),
+            "not_finite": part.not_finite(),
         }
         for name, part in weights.parts.items()
     }

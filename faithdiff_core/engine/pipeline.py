@@ -138,9 +138,12 @@ class FaithDiffPipeline(Stages):
         dtype = choose_dtype(dtype, device)
         chosen = make_scheduler(scheduler or "euler") if scheduler is None or isinstance(scheduler, str) else scheduler
         weights = read_faithdiff(faithdiff)
+        weights.check_finite()
         unet_part = weights.unet
         if unet is not None:
-            unet_part = read_faithdiff(unet).unet
+            unet_weights = read_faithdiff(unet)
+            unet_weights.check_finite()
+            unet_part = unet_weights.unet
             if unet_part is None:
                 raise WeightsError(f"{Path(unet).name} holds no U-Net; `convert` writes it as *_unet.safetensors.")
         lq_encoder, alignment = weights.build_lq_encoder(dtype), weights.build_alignment(dtype)

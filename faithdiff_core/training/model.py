@@ -285,6 +285,7 @@ def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenMo
     alignment = new_alignment(lq_encoder.config.feature_channels, unet.config.block_out_channels[0])
     if init is not None:
         weights = read_faithdiff(init)
+        weights.check_finite()
         lq_encoder = weights.build_lq_encoder(torch.float32)
         alignment = weights.build_alignment(torch.float32, folded=False)
         if weights.unet is not None:

@@ -8,44 +8,27 @@ size.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
-import struct
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..dtypes import DTYPES, dtype_name, widened
+from ..dtypes import DTYPES, dtype_name
 from ..errors import SettingsError, WeightsError
 from .checkpoint_file import open_tensors
 from .faithdiff_file import ENCODER_PREFIX, FaithDiffWeights, part_of, read_faithdiff
+from .safetensors_writer import Layout, check_free, new_files, plan_file, to_disk, write_tensor
 
 FORMAT_VERSION = "1"
 """Goes up when a converted file's names or layout change."""
 
-_FORMAT_NAMES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""What safetensors calls them."""
-
 _REMAP_BYTES = 512 * 2**20
 """After so many bytes the source is mapped anew: pages once read count as memory in use until their mapping ends."""
-
-_CAST_VALUES = 2**15
-"""Values that are checked and cast at a time: few enough to stay in the processor's cache from one pass to the next,
-and for torch to use one thread, which leaves the others to the hash, the slowest part.
-"""
 
 _SHA256_PLACEHOLDER = "0" * 64
 """Stands in the header until the source's SHA-256 is known; the digest has as many characters."""
@@ -96,43 +79,19 @@ def convert(
             f"FaithDiff.bin, which holds U-Net, LQ encoder and alignment."
         )
     paths = {name: folder / f"{path.stem}_{name}.safetensors" for name in ("unet", "adapter")}
-    for out in paths.values():
-        if out.exists() and not force:
-            raise SettingsError(f"{out} exists already. Remove it, choose another folder, or overwrite it (--force).")
-    headers = {name: _header(name, path, weights, target) for name in paths}
+    check_free(list(paths.values()), force)
+    layouts = {name: _layout(name, path, weights, target) for name in paths}
     del weights
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(size for _, _, size in headers.values()), shutil.disk_usage(folder).free
-    if free < needed:
-        raise SettingsError(
-            f"{folder} has {free / 1e9:.1f} GB left, but {needed / 1e9:.1f} GB are needed. Make room, or choose "
-            f"another folder or a smaller dtype."
-        )
-    with ExitStack() as stack:
-        digest = stack.enter_context(_hashing(path))
-        files: dict[str, BinaryIO] = {}
-        for name, out in paths.items():
-            temporary = out.with_name(f".{out.name}.{os.getpid()}.part")
-            stack.callback(temporary.unlink, missing_ok=True)
-            files[name] = stack.enter_context(temporary.open("wb"))
-            files[name].write(headers[name][0])
-        _write_tensors(path, files, {name: layout for name, (_, layout, _) in headers.items()}, progress)
-        for file in files.values():
-            _to_disk(file)  # what takes time goes to the disk while the source is still being hashed
+    with _hashing(path) as digest, new_files({out: layouts[name] for name, out in paths.items()}) as files:
+        named = {name: files[out] for name, out in paths.items()}
+        _write_tensors(path, named, layouts, progress)
+        for file in named.values():
+            to_disk(file)  # what takes time goes to the disk while the source is still being hashed
         sha256 = digest().encode()
-        for name, file in files.items():
-            file.seek(headers[name][0].index(_SHA256_PLACEHOLDER.encode()))
+        for name, file in named.items():
+            file.seek(layouts[name].header.index(_SHA256_PLACEHOLDER.encode()))
             file.write(sha256)
-            _to_disk(file)
-            file.close()  # Windows renames closed files only
-        for name, out in paths.items():
-            os.replace(files[name].name, out)
     return paths["unet"], paths["adapter"]
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -142,13 +101,9 @@ def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
         SettingsError: it is none of them.
     """
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in _FORMAT_NAMES:
+    if found is None or found not in DTYPES.values():
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
     return found
-
-
-Layout = dict[str, tuple[int, torch.dtype]]
-"""Position in the file and dtype of each tensor, by its name in the file."""
 
 
 def _file_of(key: str) -> tuple[str, str] | None:
@@ -166,43 +121,24 @@ def _stored_dtype(name: str, tensor: Tensor, target: torch.dtype) -> torch.dtype
     return torch.float16
 
 
-def _header(name: str, path: Path, weights: FaithDiffWeights, target: torch.dtype) -> tuple[bytes, Layout, int]:
-    """The first bytes of a converted file, where its tensors lie, and its size."""
+def _layout(name: str, path: Path, weights: FaithDiffWeights, target: torch.dtype) -> Layout:
+    """The layout of a converted file."""
     tensors: dict[str, Tensor] = {}
     if name == "unet":
         tensors |= weights.parts["unet"].state
     else:
         tensors |= {ENCODER_PREFIX + key: value for key, value in weights.parts["lq_encoder"].state.items()}
         tensors |= weights.parts["alignment"].state
-    dtypes = {key: _stored_dtype(name, tensor, target) for key, tensor in tensors.items()}
-    widest = max(dtypes.values(), key=lambda dtype: dtype.itemsize)
-    header: dict[str, object] = {
-        "__metadata__": {
-            "format": "pt",
-            "faithdiff.format_version": FORMAT_VERSION,
-            "faithdiff.part": name,
-            "faithdiff.dtype": dtype_name(target if name == "unet" else widest),
-            "faithdiff.source_sha256": _SHA256_PLACEHOLDER,
-            "faithdiff.source": path.name,
-        }
+    kinds = {key: (_stored_dtype(name, tensor, target), tuple(tensor.shape)) for key, tensor in tensors.items()}
+    widest = max((dtype for dtype, _ in kinds.values()), key=lambda dtype: dtype.itemsize)
+    metadata = {
+        "faithdiff.format_version": FORMAT_VERSION,
+        "faithdiff.part": name,
+        "faithdiff.dtype": dtype_name(target if name == "unet" else widest),
+        "faithdiff.source_sha256": _SHA256_PLACEHOLDER,
+        "faithdiff.source": path.name,
     }
-    layout: Layout = {}
-    position = 0
-    # Wide values first keeps every tensor aligned to its own width.
-    for key in sorted(tensors, key=lambda key: (-dtypes[key].itemsize, key)):
-        size = tensors[key].numel() * dtypes[key].itemsize
-        header[key] = {
-            "dtype": _FORMAT_NAMES[dtypes[key]],
-            "shape": list(tensors[key].shape),
-            "data_offsets": [position, position + size],
-        }
-        layout[key] = (position, dtypes[key])
-        position += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    layout = {key: (start + offset, dtype) for key, (offset, dtype) in layout.items()}
-    return struct.pack("<Q", len(text)) + text, layout, start + position
+    return plan_file(kinds, metadata)
 
 
 def _write_tensors(
@@ -221,12 +157,9 @@ def _write_tensors(
         place = _file_of(key)
         assert place is not None
         name, own_key = place
-        offset, dtype = layouts[name][own_key]
         value = tensors[key]
         mapped += value.nbytes
-        files[name].seek(offset)
-        for block in _cast_blocks(path, key, value, dtype):
-            files[name].write(block)
+        write_tensor(files[name], layouts[name], own_key, value, path.name)
         done += value.nbytes
         if progress is not None:
             progress(done, total)
@@ -236,24 +169,6 @@ def _is_mapped(path: Path) -> bool:
     """Whether opening a file maps its tensors. Those of torch before 1.6 are read whole, each time."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{" or zipfile.is_zipfile(path)
-
-
-def _cast_blocks(path: Path, key: str, value: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """A tensor's bytes in another dtype, in blocks. A block is overwritten by the next one."""
-    flat = value.contiguous().flatten()
-    cast = torch.empty(min(flat.numel(), _CAST_VALUES), dtype=dtype)
-    limit = torch.finfo(dtype).max
-    for part in flat.split(_CAST_VALUES) if flat.numel() else ():
-        part = part.to(widened(part.dtype)) if part.dtype.itemsize == 1 else part
-        low, high = (end.item() for end in torch.aminmax(part))
-        if not (low >= -limit and high <= limit):  # both are NaN if one value is
-            largest = flat.abs().amax().item()
-            remedy = "Use bf16 or fp32." if largest < float("inf") else "The file is damaged; download it again."
-            raise WeightsError(
-                f"{path.name}: {key} has a value of {largest:g}, which {dtype_name(dtype)} cannot hold. {remedy}"
-            )
-        block = cast[: part.numel()].copy_(part)
-        yield block.view(torch.uint8).numpy().data
 
 
 @contextmanager

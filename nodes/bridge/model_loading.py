@@ -97,6 +97,7 @@ def load_faithdiff(
             f"{weights.path.name} holds only {', '.join(sorted(weights.parts))}; the LQ encoder and the alignment are "
             f"needed. Choose FaithDiff.bin, or the `_adapter` file beside it."
         )
+    weights.check_finite()
     if base is not None:
         model = base.clone()
         _check_base(model, weights.path, weights.alignment.config)

@@ -58,8 +58,8 @@ class TestNoWeightsFile:
             (b'{"model_type": "clip_text_model"}', "is a JSON text, not a weights file"),
             (bytes(range(7, 250)), "is neither a safetensors file nor a torch pickle"),
             (b"\x89PNG\r\n\x1a\n" + bytes(100), "is neither a safetensors file nor a torch pickle"),
-            (b"PK\x03\x04" + bytes(500), r"is cut: the end of the file \(504 bytes\) is missing"),
-            (b"\x80\x02}q\x00", "this torch file is damaged"),
+            (b"PK\x03\x04" + bytes(500), r"is truncated: the end of the file \(504 bytes\) is missing"),
+            (b"\x80\x02}q\x00", "this torch file is corrupted"),
         ],
     )
     def test_content(self, tmp_path: Path, content: bytes, message: str) -> None:
@@ -85,31 +85,31 @@ class TestDamage:
         content = golden.model.read_bytes()
         path = tmp_path / "FaithDiff.safetensors"
         path.write_bytes(content[: int(len(content) * share)])
-        _refused(path, r"is cut: it has \d+ of \d+ bytes. The download stopped early")
+        _refused(path, r"is truncated: it has \d+ of \d+ bytes. The download stopped early")
 
     @pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
     def test_truncated_pickle(self, tmp_path: Path, state: State, share: float) -> None:
         path = tmp_path / "FaithDiff.bin"
         torch.save(state, path)
         os.truncate(path, int(path.stat().st_size * share))
-        _refused(path, r"is cut: the end of the file \(\d+ bytes\) is missing")
+        _refused(path, r"is truncated: the end of the file \(\d+ bytes\) is missing")
 
     def test_truncated_old_pickle(self, tmp_path: Path, state: State) -> None:
         path = tmp_path / "FaithDiff.bin"
         torch.save(state, path, _use_new_zipfile_serialization=False)
         os.truncate(path, path.stat().st_size // 2)
-        _refused(path, "this torch file is damaged")
+        _refused(path, "this torch file is corrupted")
 
     def test_damaged_safetensors_header(self, tmp_path: Path) -> None:
         path = tmp_path / "FaithDiff.safetensors"
         path.write_bytes(struct.pack("<Q", 16) + b'{"a": nonsense}}' + bytes(64))
-        _refused(path, "the header of this safetensors file is damaged")
+        _refused(path, "the header of this safetensors file is corrupted")
 
     def test_a_zip_of_something_else(self, tmp_path: Path) -> None:
         path = tmp_path / "FaithDiff.bin"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme.txt", "hello")
-        _refused(path, "this torch file is damaged")
+        _refused(path, "this torch file is corrupted")
 
     @pytest.mark.parametrize(
         ("key", "part"),
@@ -232,7 +232,7 @@ class TestPickles:
     def test_code_is_not_run(self, tmp_path: Path, state: State, zipped: bool) -> None:
         path, proof = tmp_path / "FaithDiff.bin", tmp_path / "proof"
         torch.save({**state, "extra": _Evil(proof)}, path, _use_new_zipfile_serialization=zipped)
-        _refused(path, "is a pickle with more in it than tensors; it was not loaded")
+        _refused(path, "is a pickle that contains objects other than tensors; it was not loaded")
         assert not proof.exists()
 
     def test_a_bare_pickle_is_not_run(self, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ class TestPickles:
     def test_a_whole_module(self, tmp_path: Path) -> None:
         path = tmp_path / "FaithDiff.bin"
         torch.save(torch.nn.Linear(2, 2), path)
-        _refused(path, "is a pickle with more in it than tensors")
+        _refused(path, "is a pickle that contains objects other than tensors")
 
     def test_a_list(self, tmp_path: Path) -> None:
         path = tmp_path / "FaithDiff.bin"

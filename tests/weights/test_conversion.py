@@ -141,8 +141,8 @@ class TestNothingIsLeftBehind:
         [
             ("fp16", 70000.0, r"conv_out.weight has a value of 70000, which fp16 cannot hold. Use bf16 or fp32"),
             ("fp8_e4m3fn", 500.0, r"conv_out.weight has a value of 500, which fp8_e4m3fn cannot hold"),
-            ("bf16", float("nan"), r"has a value of nan, which bf16 cannot hold. The file is damaged"),
-            ("fp32", float("inf"), r"has a value of inf, which fp32 cannot hold. The file is damaged"),
+            ("bf16", float("nan"), r"has a value of nan, which bf16 cannot hold. The file is corrupted"),
+            ("fp32", float("inf"), r"has a value of inf, which fp32 cannot hold. The file is corrupted"),
         ],
     )
     def test_after_a_value_that_does_not_fit(
@@ -185,6 +185,6 @@ class TestRefusals:
     def test_a_full_disk(self, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(SettingsError, match=r"has 0.0 GB left, but 0.0 GB are needed. Make room"):
+        with pytest.raises(SettingsError, match=r"has 0.0 MB left, but \d\.\d MB are needed. Make room"):
             convert(published, tmp_path / "out")
         assert not list((tmp_path / "out").iterdir())

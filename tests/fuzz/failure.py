@@ -1,0 +1,70 @@
+"""What a fuzzer found, and the limits under which its cases run."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+CASE_SECONDS = 20
+"""A case that takes longer hangs."""
+
+CASE_BYTES = 4 * 2**30
+"""Memory that a case may take beyond what the process has."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One case that went wrong.
+
+    Attributes:
+        case: names the case; together with the seed it can be made again.
+        what: what happened: the exception, or which promise was broken.
+    """
+
+    case: str
+    what: str
+
+
+class HangError(Exception):
+    """A case took too long."""
+
+
+@contextmanager
+def limited(seconds: float = CASE_SECONDS, memory: int = CASE_BYTES) -> Iterator[None]:
+    """Run a case with limits on time and memory; for the main thread."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise HangError(f"took more than {seconds:g} s")
+
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        held = int(statm.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    old = signal.signal(signal.SIGALRM, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (held + memory, before[1]))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def attempt(case: str, work: Callable[[], None], expected: type[Exception]) -> Failure | None:
+    """Run a case within the limits; anything but success and the expected kind of error is a failure."""
+    try:
+        with limited():
+            work()
+    except expected:
+        return None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Failure(case, f"{type(error).__name__}: {str(error)[:200]} ({place.name}, line {place.lineno})")
+    return None
