@@ -23,6 +23,7 @@ from ..sampling.schedule import StartPoint
 from ..sdxl import VAE_SCALE_FACTOR
 from ..weights.faithdiff_file import read_faithdiff
 from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
+from .prediction import FAITHDIFF_PREDICTION, prediction_of, with_prediction
 from .schedulers import make_scheduler
 from .settings import RestoreSettings, as_list, one_seed_each, one_text_each, same_size
 from .stages import Progress, Stages
@@ -126,7 +127,9 @@ class FaithDiffPipeline(Stages):
             vae: another VAE, a file or a folder.
             dtype: fp32, bf16 or fp16, by name or as torch's; fp16 on accelerators and fp32 on the CPU unless told.
             device, offload: see the class.
-            scheduler: a name out of `SCHEDULERS` or any diffusers scheduler; the published Euler unless told.
+            scheduler: a name out of `SCHEDULERS` or any diffusers scheduler; the published Euler unless told. What
+                the U-Net predicts is set in it: noise for FaithDiff's, and for the checkpoint's own what its file or
+                its folder's scheduler tells.
 
         Raises:
             WeightsError: a file is not what it should be, or the files do not fit together.
@@ -149,7 +152,8 @@ class FaithDiffPipeline(Stages):
         lq_encoder, alignment = weights.build_lq_encoder(dtype), weights.build_alignment(dtype)
         unet_state = unet_part.state if unet_part is not None else None
         sdxl = load_sdxl(model, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
-        sdxl.scheduler = chosen
+        prediction = FAITHDIFF_PREDICTION if unet_part is not None else prediction_of(model, sdxl.scheduler)
+        sdxl.scheduler = with_prediction(chosen, prediction)
         return cls(sdxl, lq_encoder, alignment, device=device, offload=offload)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, adapter_name: str | None = None) -> None:

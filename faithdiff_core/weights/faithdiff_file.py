@@ -180,6 +180,8 @@ class FaithDiffWeights:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor has no NaN and no infinite value."""
+    if not tensor.numel():
+        return True
     if tensor.dtype.itemsize > 1:
         low, high = torch.aminmax(tensor)  # both are NaN if one value is; much faster than `isfinite`
         return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -165,8 +165,6 @@ def _entry(name: str, value: Any, start: int) -> TensorEntry:
         raise ValueError(f"{name[:80]} has no pair of offsets")
     if prod(shape) * _BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise ValueError(f"{name[:80]} has another number of bytes than its shape needs")
-    if 0 in shape:
-        raise ValueError(f"{name[:80]} is empty")
     return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 

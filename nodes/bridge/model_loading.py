@@ -23,6 +23,7 @@ from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, rea
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
 from .graph_types import AdapterModels, LQFeatures
+from .prediction_type import check_mixable, take_published_sampling
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
@@ -102,6 +103,9 @@ def load_faithdiff(
         model = base.clone()
         _check_base(model, weights.path, weights.alignment.config)
         if weights.unet is not None and unet_strength > 0.0:
+            if unet_strength < 1.0:
+                check_mixable(model, "model", "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own).")
+            take_published_sampling(model)
             _blend_unet(model, weights.path, weights.unet, unet_strength)
     elif weights.unet is None:
         raise WeightsError(

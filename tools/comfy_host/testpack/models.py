@@ -44,17 +44,25 @@ def other_unet(seed: int) -> dict[str, Tensor]:
     return out
 
 
-def tiny_model(state: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
-    """An SDXL MODEL in single precision around a U-Net of `GOLDEN_UNET`'s sizes.
+def tiny_model(
+    state: dict[str, Tensor], marks: tuple[str, ...] = (), dtype: torch.dtype = torch.float32
+) -> comfy.model_patcher.ModelPatcher:
+    """An SDXL MODEL that computes in single precision, around a U-Net of `GOLDEN_UNET`'s sizes.
+
+    Args:
+        state: the U-Net's tensors under the host's names.
+        marks: entries by which checkpoints tell what they predict, such as `v_pred`, `ztsnr`, `edm_mean`, `edm_std`.
+        dtype: of the weights.
 
     Raises:
         ValueError: tensors are missing or unknown.
     """
     config = comfy.supported_models.SDXL(dict(GOLDEN_UNET))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
-    model = config.get_model({}, "", device=offload_device)
+    marked = {mark: torch.ones(1, 4, 1, 1) * (mark == "edm_std") for mark in marks}
+    model = config.get_model(marked, "", device=offload_device)
     load_exactly(model.diffusion_model, state)
     return comfy.model_patcher.CoreModelPatcher(model, load_device=load_device, offload_device=offload_device)
 

@@ -1,0 +1,92 @@
+"""What a U-Net predicts, and on which noise schedule: properties of a MODEL that belong to its weights.
+
+FaithDiff's U-Net predicts noise on SDXL's schedule. Where its weights replace those of a MODEL that predicts v, has a
+schedule with zero terminal SNR, or is an EDM model, these properties must change with them; otherwise ComfyUI would
+read noise as something else, and the image would be mud.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import comfy.latent_formats
+import comfy.model_sampling
+import torch
+
+from ...faithdiff_core.errors import WeightsError
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+TOLERANCE = 0.01
+"""How far a sampling object may be from the published one. Distilled samplings (LCM) are within it."""
+
+MAX_STEPS_OFF = 25
+"""How many of the 1000 timesteps it may be off; distilled samplings know every twentieth only."""
+
+
+class PublishedSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    """Noise prediction on SDXL's schedule: ComfyUI's defaults."""
+
+
+def predicts_published_noise(sampling: Any) -> bool:
+    """Whether a sampling object reads a U-Net's output as noise on the published schedule.
+
+    Asked of its results and not of its class, so that those of other packs are known by what they do.
+    """
+    published = PublishedSampling()
+    x, output = torch.tensor([[[[0.7]]]]), torch.tensor([[[[-0.4]]]])
+    if abs(float(sampling.sigma_max) / float(published.sigma_max) - 1.0) > TOLERANCE:
+        return False
+    for step in (100, 500, 900):
+        sigma = published.sigmas[step : step + 1].clone()
+        pairs = (
+            (sampling.calculate_input(sigma, x), published.calculate_input(sigma, x)),
+            (sampling.calculate_denoised(sigma, output, x), published.calculate_denoised(sigma, output, x)),
+        )
+        if any(not torch.allclose(a.float(), b, rtol=TOLERANCE, atol=TOLERANCE) for a, b in pairs):
+            return False
+        if abs(float(sampling.timestep(sigma)) - step) > MAX_STEPS_OFF:
+            return False
+    return True
+
+
+def describe(sampling: Any) -> str:
+    """What kind of model a sampling object is for, in words."""
+    kinds = (
+        ("EDM", "an EDM model"),
+        ("V_PREDICTION", "a v-prediction model"),
+        ("X0", "a model that predicts the image"),
+        ("EPS", "a model with another noise schedule than SDXL's"),
+    )
+    for name, words in kinds:
+        if isinstance(sampling, getattr(comfy.model_sampling, name)):
+            return words
+    return f"a model of another kind ({type(sampling).__name__})"
+
+
+def check_mixable(model: ModelPatcher, name: str, remedy: str) -> None:
+    """Refuse to mix the weights of U-Nets that predict different things.
+
+    Args:
+        model: the MODEL.
+        name: of the input that it came by.
+        remedy: what to do instead.
+
+    Raises:
+        WeightsError: it predicts something else than FaithDiff's U-Net.
+    """
+    sampling = model.get_model_object("model_sampling")
+    if not predicts_published_noise(sampling):
+        raise WeightsError(
+            f"`{name}` is {describe(sampling)}, but FaithDiff's U-Net predicts noise on SDXL's schedule: weights of "
+            f"the two cannot be mixed. {remedy}"
+        )
+
+
+def take_published_sampling(model: ModelPatcher) -> None:
+    """Make a MODEL, in place, sample as FaithDiff's weights need it; what does so already stays as it is."""
+    if not predicts_published_noise(model.get_model_object("model_sampling")):
+        model.add_object_patch("model_sampling", PublishedSampling())
+    if not isinstance(model.get_model_object("latent_format"), comfy.latent_formats.SDXL):
+        model.add_object_patch("latent_format", comfy.latent_formats.SDXL())
