@@ -41,6 +41,7 @@ lint: install types
 
 types: install $(PACK)
 	MYPYPATH=build/types:docs/examples $(PY) -m mypy -p faithdiff_pack.faithdiff_core -p faithdiff_pack.nodes -m restore_over_http
+	MYPYPATH=tools:tests:scripts:demo:docs/examples $(PY) -m mypy --explicit-package-bases benchmarks demo scripts tests tools
 
 format: install
 	$(PY) -m ruff check --fix .

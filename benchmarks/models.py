@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,8 @@ class PublishedAlignment(nn.Module):
         for name in ("norm_in", "conv_in", "conv_out"):
             getattr(self, name).load_state_dict(getattr(embedding, name).state_dict())
         self.proj.load_state_dict(alignment.proj.state_dict())
-        for mine, other in zip(self.layers, alignment.blocks, strict=True):
+        pairs: Iterable[tuple[Any, Any]] = zip(self.layers, alignment.blocks, strict=True)
+        for mine, other in pairs:
             width = alignment.config.width
             with torch.no_grad():
                 mine.attn.in_proj_weight[2 * width :] = other.attn.v_proj.weight

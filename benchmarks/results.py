@@ -107,10 +107,10 @@ class Result:
 
 
 def timed(row: str, case: str, ours: Spread, peer: Spread, peer_name: str, **kw: Any) -> Result:
-    """A comparison of times, given in seconds; the ratio is ours over peer's unless told."""
+    """A comparison of times, given in seconds; the ratio defaults to ours over peer's."""
     milli = ours.times(1e3), peer.times(1e3)
-    kw = {"ratio": ours.over(peer), "ratio_name": "time", "unit": "ms"} | kw
-    return Result(row, case, ours=milli[0], peer=milli[1], peer_name=peer_name, **kw)
+    more: dict[str, Any] = {"ratio": ours.over(peer), "ratio_name": "time", "unit": "ms"} | kw
+    return Result(row, case, ours=milli[0], peer=milli[1], peer_name=peer_name, **more)
 
 
 def memory(row: str, case: str, ours: int, peer: int | None, peer_name: str = "", **kw: Any) -> Result:

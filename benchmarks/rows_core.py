@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from faithdiff_core.models.alignment import Alignment
 from faithdiff_core.tiling.grid import TileGrid
 
 from . import counts, models
@@ -35,6 +37,11 @@ def _case(settings: Settings, size: int) -> str:
     return f"{size} px, {settings.dtype_name}"
 
 
+def _joined(ours: Alignment, h: Tensor, condition: Tensor) -> Tensor:
+    """A guided pair with the residual, which is computed once."""
+    return torch.add(h, ours.residual(h[:1], condition))
+
+
 def alignment(settings: Settings) -> Iterator[Result]:
     """Our alignment against the published formulation."""
     ours = models.alignment(settings.device, settings.dtype)
@@ -43,16 +50,14 @@ def alignment(settings: Settings) -> Iterator[Result]:
     for size in settings.sizes:
         h, features, condition = alignment_inputs(settings, size)
 
-        def shared(h: Any = h, condition: Any = condition) -> Any:
-            return torch.add(h, ours.residual(h[:1], condition))
-
+        work = partial(_joined, ours, h, condition)
         with torch.inference_mode():
             times = interleaved(
                 settings,
                 {
-                    "ours": shared,
-                    "published": lambda h=h, features=features: published(h, features),
-                    "embedding": lambda features=features: ours.embed(features[:1]),
+                    "ours": work,
+                    "published": partial(published, h, features),
+                    "embedding": partial(ours.embed, features[:1]),
                 },
             )
             yield timed(
@@ -69,8 +74,8 @@ def alignment(settings: Settings) -> Iterator[Result]:
             yield memory(
                 "alignment",
                 f"guided pair, {_case(settings, size)}",
-                peak_bytes(settings.device, shared),
-                peak_bytes(settings.device, lambda h=h, features=features: published(h, features)),
+                peak_bytes(settings.device, work),
+                peak_bytes(settings.device, partial(published, h, features)),
                 "published formulation",
             )
 
@@ -95,8 +100,8 @@ def unet_share(settings: Settings) -> Iterator[Result]:
             times = interleaved(
                 settings,
                 {
-                    "ours": lambda h=h, c=condition: torch.add(h, ours.residual(h[:1], c)),
-                    "U-Net": lambda inputs=inputs: unet(**inputs),
+                    "ours": partial(_joined, ours, h, condition),
+                    "U-Net": partial(unet, **inputs),
                 },
             )
         flops = counts.alignment_call(size), counts.unet_call(size)
@@ -127,8 +132,8 @@ def floor(settings: Settings) -> Iterator[Result]:
 
     def line(case: str, ours: float, peer: float, peer_name: str, **kw: Any) -> Result:
         mine, other = Spread((ours / tera,)), Spread((peer / tera,))
-        kw = {"ratio": mine.over(other), "ratio_name": "operations"} | kw
-        return Result("floor", f"{case}, {size} px", "TFLOP", mine, other, peer_name, kind="counted", **kw)
+        more: dict[str, Any] = {"ratio": mine.over(other), "ratio_name": "operations"} | kw
+        return Result("floor", f"{case}, {size} px", "TFLOP", mine, other, peer_name, kind="counted", **more)
 
     aligned = counts.alignment_call(size)
     yield line("alignment of a guided pair", aligned, unet, "U-Net call")
@@ -206,7 +211,7 @@ def tiles(settings: Settings) -> Iterator[Result]:
 def _batches(settings: Settings, unet: Any, tile: int) -> Iterator[Result]:
     inputs = {n: models.unet_inputs(2 * n, tile // SCALE, settings.device, settings.dtype) for n in TILE_BATCHES}
     with torch.inference_mode():
-        works = {str(n): lambda n=n: unet(**inputs[n]) for n in TILE_BATCHES}
+        works = {str(n): partial(unet, **inputs[n]) for n in TILE_BATCHES}
         times = interleaved(settings, works)
     one = times["1"]
     for n in TILE_BATCHES[1:]:

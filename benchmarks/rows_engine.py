@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,10 +86,10 @@ def restoration(settings: Settings) -> Iterator[Result]:
             {
                 "ours": ours,
                 "plain": plain,
-                "LQ encode": lambda pixels=pixels: pipeline.encode_lq(pixels),
-                "VAE encode": lambda pixels=pixels: pipeline.encode_latent(pixels),
-                "decode": lambda latent=latent: pipeline.decode(latent),
-                "colour": lambda pixels=pixels: fix_colors(pixels, pixels, "adain"),
+                "LQ encode": partial(pipeline.encode_lq, pixels),
+                "VAE encode": partial(pipeline.encode_latent, pixels),
+                "decode": partial(pipeline.decode, latent),
+                "colour": partial(fix_colors, pixels, pixels, "adain"),
             },
             settings.close_rounds,
         )
@@ -114,7 +115,7 @@ def restoration(settings: Settings) -> Iterator[Result]:
         )
         if settings.on_cpu:
             continue
-        peak = peak_bytes(settings.device, lambda pixels=pixels: _whole(pipeline, pixels, text, settings.steps))
+        peak = peak_bytes(settings.device, partial(_whole, pipeline, pixels, text, settings.steps))
         target = Target("<=", PUBLISHED_PEAK) if size == PUBLISHED_SIZE else None
         yield memory("engine", f"peak with weights, {case}", weights + peak, None, target=target)
     if settings.on_cpu:
@@ -157,7 +158,7 @@ def _growth(settings: Settings, pipeline: FaithDiffPipeline, text: TextCondition
     peaks = {}
     for size in (1024, 2048, 4096, 8192):
         pixels = torch.rand(1, 3, size, size) * 2 - 1
-        peaks[size] = peak_bytes(settings.device, lambda pixels=pixels: _whole(pipeline, pixels, text, 1))
+        peaks[size] = peak_bytes(settings.device, partial(_whole, pipeline, pixels, text, 1))
         yield memory("engine", f"peak beyond the weights, {size} px, tiles of 1024", peaks[size], None)
     grown = (peaks[8192] - peaks[1024]) / (8192**2 - 1024**2)
     yield Result(
@@ -206,7 +207,7 @@ def published_loop(settings: Settings) -> Iterator[Result]:
     text = text_rows(settings)
     if settings.on_cpu:
         tile = settings.loop_tile
-        cases = [(tile, tile, None), (tile * 3 // 2, tile, None)]
+        cases: list[tuple[int, int, Target | None]] = [(tile, tile, None), (tile * 3 // 2, tile, None)]
     else:
         cases = [(1024, 1024, Target("<=", 0.95)), (4096, 1024, Target("<=", 0.85))]
     for size, tile, target in cases:
@@ -219,12 +220,8 @@ def published_loop(settings: Settings) -> Iterator[Result]:
         times = interleaved(
             settings,
             {
-                "ours": lambda f=features, n=noise, t=tile, s=steps: pipeline.sample(
-                    f, text, n, steps=s, start=StartPoint.NOISE, tile=t
-                ),
-                "published": lambda f=features, n=noise, t=tile, s=steps: published_sample(
-                    pipeline, alignment, f, text, n, s, t
-                ),
+                "ours": partial(pipeline.sample, features, text, noise, steps=steps, start=StartPoint.NOISE, tile=tile),
+                "published": partial(published_sample, pipeline, alignment, features, text, noise, steps, tile),
             },
         )
         tiles = len(TileGrid(side, side, tile))
@@ -256,7 +253,8 @@ def published_sample(
         The latent, (1, 4, h, w).
     """
     device, dtype = pipeline.device, pipeline.dtype
-    grid = TileGrid(*noise.shape[-2:], tile)
+    height, width = noise.shape[-2:]
+    grid = TileGrid(height, width, tile)
     scheduler = make_scheduler()
     scheduler.set_timesteps(steps, device=device)
     x = noise.to(device, torch.float32) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from faithdiff_core.models.lq_encoder import LQEncoder, LQEncoderConfig
 from faithdiff_core.sampling.schedule import DEFAULT_CFG, sampling_sigmas
 
 from . import counts, host, models
-from .measure import Spread, interleaved, peak_bytes
+from .measure import Spread, Work, interleaved, peak_bytes
 from .results import Result, Target, memory, timed
 from .rows_core import STEPS, TILED_SIZES
 from .rows_engine import composed
@@ -97,20 +98,18 @@ def restoration(settings: Settings) -> Iterator[Result]:
         times = interleaved(
             settings,
             {
-                "ours": lambda features=features: _restored(running, settings, features, settings.steps),
-                "plain": lambda size=size: _plain(running, settings, base, size, settings.steps),
-                "prepare": lambda image=image: running.call(
-                    "FaithDiffPrepareImage", image=image, scale_by=2.0, longest_side=0, multiple=8
+                "ours": partial(_restored, running, settings, features, settings.steps),
+                "plain": partial(_plain, running, settings, base, size, settings.steps),
+                "prepare": partial(
+                    running.call, "FaithDiffPrepareImage", image=image, scale_by=2.0, longest_side=0, multiple=8
                 ),
                 "LQ encode": encode,
-                "VAE encode": lambda prepared=prepared: running.call("VAEEncode", pixels=prepared, vae=vae),
-                "our decode": lambda latent=latent: running.call(
-                    "FaithDiffTiledVAEDecode", samples=latent, vae=vae, tile_size=1024, overlap=0.25
+                "VAE encode": partial(running.call, "VAEEncode", pixels=prepared, vae=vae),
+                "our decode": partial(
+                    running.call, "FaithDiffTiledVAEDecode", samples=latent, vae=vae, tile_size=1024, overlap=0.25
                 ),
-                "plain decode": lambda latent=latent: running.call("VAEDecode", samples=latent, vae=vae),
-                "finish": lambda prepared=prepared, frame=frame: running.call(
-                    "FaithDiffFinishImage", image=prepared, frame=frame, color_fix="adain"
-                ),
+                "plain decode": partial(running.call, "VAEDecode", samples=latent, vae=vae),
+                "finish": partial(running.call, "FaithDiffFinishImage", image=prepared, frame=frame, color_fix="adain"),
             },
             settings.close_rounds,
         )
@@ -152,9 +151,8 @@ def tiled(settings: Settings) -> Iterator[Result]:
         whole = features(size)
         batches = (1,) if settings.on_cpu else (1, 2, 4, 8)
         count = (2 * size // tile - 1) ** 2
-        works = {
-            f"{batch} in a call": lambda batch=batch, whole=whole: _restored(running, settings, whole, 1, tile, batch)
-            for batch in batches
+        works: dict[str, Work] = {
+            f"{batch} in a call": partial(_restored, running, settings, whole, 1, tile, batch) for batch in batches
         }
         works["untiled"] = lambda: _restored(running, settings, one, 1, tile)
         times = interleaved(settings, works)
@@ -211,7 +209,8 @@ def supir(settings: Settings) -> Iterator[Result]:
         "supir",
         f"operations of sampling, {settings.steps} steps, {case}",
         "TFLOP",
-        *flops,
+        flops[0],
+        flops[1],
         "SUPIRApply",
         flops[0].over(flops[1]),
         "operations",

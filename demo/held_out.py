@@ -48,8 +48,8 @@ def held_out(names: tuple[str, ...] = HELD_OUT) -> Iterator[HeldOut]:
     config = build(DegradationConfig, read_yaml(HERE / "degradation.yaml"))
     for name in names:
         image = open_image(Path(skimage.__file__).parent / "data" / name)
-        whole = tuple(side // config.scale * config.scale for side in image.size)
-        image = image.crop((0, 0, *whole))
+        width, height = (side // config.scale * config.scale for side in image.size)
+        image = image.crop((0, 0, width, height))
         stem = Path(name).stem
         low = degrade(image, config, np.random.default_rng([0, *stem.encode()]))
         yield HeldOut(stem, image, low, enlarge(low, image.size))

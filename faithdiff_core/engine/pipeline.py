@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,8 @@ from .text import TextConditioning
 CONDITION_BUDGET = 2**30
 """Bytes of embedded conditions kept on the device across steps: a hundred tiles of 1024 px in half precision."""
 
-Restored = Tensor | list[Tensor]
+Images = TypeVar("Images", Tensor, list[Tensor])
+"""Images of one size as a tensor, or of any sizes as a list."""
 
 
 class FaithDiffPipeline(Stages):
@@ -191,7 +192,7 @@ class FaithDiffPipeline(Stages):
 
     def __call__(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Images,
         settings: RestoreSettings | None = None,
         *,
         prompt: str | Sequence[str] = "",
@@ -204,7 +205,7 @@ class FaithDiffPipeline(Stages):
         negative_pooled_prompt_embeds: Tensor | None = None,
         noise: Tensor | None = None,
         **overrides: Any,
-    ) -> Restored:
+    ) -> Images:
         """Restore images.
 
         Args:
@@ -233,7 +234,7 @@ class FaithDiffPipeline(Stages):
         count = len(inputs)
         seeds = one_seed_each(seed, count)
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
-            raise SettingsError("noise of one's own needs images of one size and a single pass.")
+            raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
         try:
             if prompt_embeds is None and pooled_prompt_embeds is None:
                 text = self.encode_text(

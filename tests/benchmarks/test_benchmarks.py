@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_published_formulation_computes_what_ours_does() -> None:
     unfolded = Alignment(TINY, folded=False)
     models.randomize(unfolded)
-    for block in unfolded.blocks:
+    blocks: Iterable[Any] = unfolded.blocks
+    for block in blocks:
         torch.nn.init.normal_(block.mlp.c_fc.bias)
     published = models.PublishedAlignment(TINY)
     published.load(unfolded)

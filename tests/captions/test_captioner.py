@@ -257,7 +257,12 @@ def drop_a_weight(folder: Path) -> None:
 
 
 def remove(*patterns: str) -> Callable[[Path], Any]:
-    return lambda folder: [path.unlink() for pattern in patterns for path in folder.glob(pattern)]
+    def from_folder(folder: Path) -> None:
+        for pattern in patterns:
+            for path in folder.glob(pattern):
+                path.unlink()
+
+    return from_folder
 
 
 PROCESSOR = "*processor_config.json"

@@ -53,7 +53,8 @@ def test_lq_features(case: dict[str, Any], pipeline: FaithDiffPipeline) -> None:
 
 def test_condition_and_residual(case: dict[str, Any], pipeline: FaithDiffPipeline, golden: Any) -> None:
     tensors = case["tensors"]
-    grid = TileGrid(*tensors["noise"].shape[-2:], case["tile"], case["real_overlap"])
+    height, width = tensors["noise"].shape[-2:]
+    grid = TileGrid(height, width, case["tile"], case["real_overlap"])
     with torch.no_grad():
         condition = pipeline.alignment.embed(grid.tiles[0].crop(tensors["lq_features"]))
         residual = pipeline.alignment.residual(tensors["first_call.conv_in"], condition)
@@ -117,10 +118,10 @@ def test_timesteps_and_sigmas(case: dict[str, Any]) -> None:
 
 def test_tile_time_ids(case: dict[str, Any]) -> None:
     tensors = case["tensors"]
-    grid = TileGrid(*tensors["noise"].shape[-2:], case["tile"], case["real_overlap"])
+    height, width = tensors["noise"].shape[-2:]
+    grid = TileGrid(height, width, case["tile"], case["real_overlap"])
     assert len(grid) == case["tiles"]
-    size = tensors["noise"].shape[-2:]
-    got = [tile_time_ids(*size, tile.top, tile.left, grid.tile_pixels) for tile in grid.tiles]
+    got = [tile_time_ids(height, width, tile.top, tile.left, grid.tile_pixels) for tile in grid.tiles]
     assert torch.equal(torch.tensor(got).float(), tensors["time_ids"])
 
 

@@ -211,6 +211,7 @@ def test_empty_negative_prompt_is_encoded(pipeline: FaithDiffPipeline) -> None:
         zeros_not_wanted = pipeline.encode_text(["a cat"]).negative_embeds
     finally:
         pipeline.sdxl.register_to_config(force_zeros_for_empty_prompt=False)
+    assert zeros_not_wanted is not None
     assert close(zeros_not_wanted, empty.embeds)
 
 
@@ -303,7 +304,7 @@ def test_call_is_the_sum_of_its_parts(pipeline: FaithDiffPipeline) -> None:
 def test_seeds_texts_and_sizes_belong_to_images(pipeline: FaithDiffPipeline) -> None:
     images = [photo(24, 32, 1), photo(40, 24, 2), photo(24, 32, 3)]
     prompts = ["one", "two", "three"]
-    quick = {"steps": 2, "tile": 128}
+    quick: dict[str, Any] = {"steps": 2, "tile": 128}
     together = pipeline(images, seed=[5, 6, 5], prompt=prompts, tile_batch=3, **quick)
     assert isinstance(together, list)
     for image, seed, prompt, got in zip(images, (5, 6, 5), prompts, together, strict=True):
@@ -344,13 +345,13 @@ def test_progressive_passes(pipeline: FaithDiffPipeline) -> None:
 def test_own_embeddings(pipeline: FaithDiffPipeline) -> None:
     images = torch.stack([photo(16, 16, 1), photo(16, 16, 2)])
     text = pipeline.encode_text(["a cat"], ["blurred"])
-    embeddings = {
+    embeddings: dict[str, Any] = {
         "prompt_embeds": text.embeds,
         "pooled_prompt_embeds": text.pooled,
         "negative_prompt_embeds": text.negative_embeds,
         "negative_pooled_prompt_embeds": text.negative_pooled,
     }
-    quick = {"steps": 2, "tile": 128, "seed": 1}
+    quick: dict[str, Any] = {"steps": 2, "tile": 128, "seed": 1}
     typed = pipeline(images, prompt="a cat", negative_prompt="blurred", **quick)
     assert close(pipeline(images, **embeddings, **quick), typed)
     assert not close(pipeline(images, prompt="a cat", **quick), typed)
@@ -574,7 +575,7 @@ def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Any) -> None:
 def test_overflowing_lq_encoder_is_named(tiny_sdxl: Path, golden: Any) -> None:
     pipeline = load(tiny_sdxl, golden, dtype="fp16")
     with torch.no_grad():
-        pipeline.lq_encoder.mid_block.resnets[1].conv2.bias.fill_(6e4).mul_(6e4)
+        pipeline.lq_encoder.get_parameter("mid_block.resnets.1.conv2.bias").fill_(6e4).mul_(6e4)
     with pytest.raises(NotFiniteError, match=r"LQ encoder's features are not finite .* in float16. Compute in bf16"):
         pipeline.encode_lq(torch.zeros(1, 3, 16, 16))
 

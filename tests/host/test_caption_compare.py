@@ -59,7 +59,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     server = importlib.import_module("server")
     sent: list[tuple[str, str]] = []
 
-    class Listener(server.PromptServer):  # type: ignore[misc, name-defined]
+    class Listener(server.PromptServer):  # type: ignore[name-defined]
         def __init__(self) -> None:
             pass
 
@@ -72,7 +72,8 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
 
 def expected_caption(folder: Path, image: Tensor, **kw: Any) -> str:
-    return load_captioner(folder).caption(image.movedim(-1, 0), **({"prompt": PROMPT, "max_new_tokens": TOKENS} | kw))
+    settings: dict[str, Any] = {"prompt": PROMPT, "max_new_tokens": TOKENS} | kw
+    return load_captioner(folder).caption(image.movedim(-1, 0), **settings)
 
 
 # --------------------------------------------------------------------------------------------------------- captions
@@ -100,7 +101,7 @@ def test_trimming(host: Host) -> None:
     image = images(48, 64, batch=2)
     (raw,) = host.call("FaithDiffCaption", image=image, **CAPTION)
     for settings in ({}, {"sentences": 0}, {"skip_words": 1}):
-        values = CAPTION | {"trim": True} | settings
+        values: dict[str, Any] = CAPTION | {"trim": True} | settings
         (trimmed,) = host.call("FaithDiffCaption", image=image, **values)
         assert trimmed == [trim_caption(text, values["sentences"], values["skip_words"]) for text in raw]
         assert trimmed != raw
@@ -150,7 +151,7 @@ def test_one_model_is_kept_until_the_host_unloads_it(host: Host) -> None:
     assert first() is None
     second = bridge.captioner_for("tiny_llava", "bf16", False)
     weights = [weakref.ref(weight) for weight in second.model.parameters()]
-    assert {weight().dtype for weight in weights} == {torch.bfloat16}
+    assert {weight.dtype for weight in second.model.parameters()} == {torch.bfloat16}
     before = host.call("FaithDiffCaption", image=image, **(CAPTION | {"dtype": "bf16"}))
     management.unload_all_models()
     gc.collect()

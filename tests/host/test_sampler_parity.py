@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def expected() -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / "expected.safetensors")
 
 
-def lq_features(setup: Setup, expected: dict[str, torch.Tensor], name: str) -> object:
+def lq_features(setup: Setup, expected: dict[str, torch.Tensor], name: str) -> Any:
     case = CASES[name]
     image = (expected[f"{name}.image"].movedim(1, -1) + 1) / 2
     return setup.features(image, case.get("encoder_tile", 1024), case.get("encoder_overlap", 0.25))

@@ -94,7 +94,9 @@ def test_more_exact_than_the_hosts_tiled_decode(vae: Any, latent: Tensor) -> Non
 
 def test_patched_norms(vae: Any, norm_affine: NormAffine) -> None:
     """A weight function, as ComfyUI sets it on layers that it patches on the fly, changes the weight that is read."""
-    norm = next(module for module in vae.first_stage_model.decoder.modules() if isinstance(module, torch.nn.GroupNorm))
+    norm: Any = next(
+        module for module in vae.first_stage_model.decoder.modules() if isinstance(module, torch.nn.GroupNorm)
+    )
     before = norm.weight.detach().float()
     norm.weight_function = [lambda weight: 3 * weight]
     try:

@@ -6,6 +6,7 @@ import io
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +28,7 @@ def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
     return RNG.integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
 
 
-def _saved(folder: Path, image: Image.Image, name: str = "a.png", **options: object) -> Path:
+def _saved(folder: Path, image: Image.Image, name: str = "a.png", **options: Any) -> Path:
     path = folder / name
     image.save(path, **options)
     return path
@@ -47,7 +48,7 @@ class TestSizes:
             ((1000, 4000), {"megapixels": 1}, (500, 2000)),
         ],
     )
-    def test_target_size(self, size: tuple[int, int], how: dict[str, float], expected: tuple[int, int]) -> None:
+    def test_target_size(self, size: tuple[int, int], how: dict[str, Any], expected: tuple[int, int]) -> None:
         assert target_size(*size, **how) == expected
 
     @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ class TestSizes:
             ({"scale": 1000}, "would become 640000 x 427000"),
         ],
     )
-    def test_bad_targets(self, how: dict[str, float], message: str) -> None:
+    def test_bad_targets(self, how: dict[str, Any], message: str) -> None:
         with pytest.raises(SettingsError, match=message):
             target_size(427, 640, **how)
 
@@ -153,6 +154,7 @@ class TestModes:
         loaded = LoadedImage(torch.from_numpy(values / 65535.0).float().permute(2, 0, 1), bits=16)
         save_image(tmp_path / "a.png", loaded)
         back = cv2.imread(str(tmp_path / "a.png"), cv2.IMREAD_UNCHANGED)
+        assert back is not None
         assert np.array_equal(back[..., ::-1], values)
 
     @pytest.mark.parametrize("name", ["a.png", "a.tiff"])

@@ -130,7 +130,7 @@ class TestDeepFormats:
 
     def test_avif(self) -> None:
         content = bytearray(_encoded(_noise(16, 16, 3), "AVIF"))
-        assert av1_or_hevc_bits(content) == 8
+        assert av1_or_hevc_bits(bytes(content)) == 8
         content[content.index(b"av1C") + 6] |= 0x40
         with pytest.raises(ImageError, match=r"AVIF with 10 bits per channel.*Save it as PNG or TIFF with 16 bits"):
             decode_image(bytes(content), "a.avif")

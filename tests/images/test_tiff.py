@@ -115,7 +115,7 @@ def test_orientation(bits: int, orientation: int) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_thumbnail_first(tmp_path: Path, bits: int, order: str) -> None:
+def test_a_thumbnail_first(tmp_path: Path, bits: int, order: Any) -> None:
     path = tmp_path / "a.tif"
     with tifffile.TiffWriter(path, byteorder=order) as file:
         file.write(_counts(RGB[::8, ::8], 8), photometric="rgb", subfiletype=1)

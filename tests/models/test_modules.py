@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -203,8 +204,8 @@ def test_condition_cache_keeps_what_fits() -> None:
     cache = ConditionCache(100)
     for _ in range(3):
         for name in "abc":
-            cache.get(name, lambda name=name: compute(name))
-    # Two fit; the third is made anew each time, and never drives out another.
+            cache.get(name, partial(compute, name))
+    # Two fit; the third is computed again each time, and never drives out another.
     assert made == ["a", "b", "c", "c", "c"]
     assert (len(cache), cache.used_bytes) == (2, 80)
     cache.clear()

@@ -18,7 +18,7 @@ def runtime(path: Path) -> set[str]:
         for node in source.body
         if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING")
     ]
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(source):
         if isinstance(node, ast.Import):
             names.update(name.name.split(".")[0] for name in node.names)

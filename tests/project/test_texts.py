@@ -73,7 +73,7 @@ def test_translations_can_be_shown(language: str) -> None:
 @pytest.mark.parametrize("language", ["zh", "ja"])
 def test_translations_name_other_nodes_by_their_translated_names(language: str) -> None:
     nodes = json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
-    opening, closing = {"zh": "“”", "ja": "「」"}[language]
+    opening, closing = {"zh": ("“", "”"), "ja": ("「", "」")}[language]
     names = {entry["display_name"] for entry in nodes.values()}
     quoted = set(
         re.findall(f"{opening}([^{closing}]*FaithDiff[^{closing}]*){closing}", json.dumps(nodes, ensure_ascii=False))

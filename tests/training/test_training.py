@@ -555,8 +555,9 @@ def test_an_unquoted_no_is_a_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("name", ["clip", "noise_offset", "weight_decay", "learning_rate", "lq_learning_rate"])
 def test_numbers_that_are_not_finite_or_negative_are_refused(make: Make, name: str, value: float) -> None:
+    changed: dict[str, Any] = {name: value}
     with pytest.raises(SettingsError, match=name):
-        StageConfig(1, 1, **{name: value}) if name.endswith("rate") else make(**{name: value})
+        StageConfig(1, 1, **changed) if name.endswith("rate") else make(**changed)
 
 
 def test_the_command_trains(make: Make, tmp_path: Path) -> None:

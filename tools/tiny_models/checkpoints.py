@@ -173,7 +173,8 @@ def make_lora(unet: Any, path: Path, rank: int = 2) -> dict[str, Tensor]:
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(5)
-    state, delta = {}, {}
+    state: dict[str, Tensor] = {}
+    delta: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if name.endswith(("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "attn2.to_v")):
             down = torch.randn((rank, module.in_features), generator=generator) * 0.5
