@@ -15,6 +15,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,10 +323,10 @@ def run(seed: int, seconds: float) -> list[Failure]:
             path.write_bytes(content)
             dtype = ("fp16", "fp8_e4m3fn", "bf16")[len(failures) % 3]
             works: dict[str, Callable[[], None]] = {
-                "info": lambda path=path: _command("info", str(path)),
-                "json": lambda path=path: _command("info", "--json", str(path)),
-                "build": lambda path=path: _build(path),
-                "convert": lambda path=path, out=out, dtype=dtype: _convert(path, out, dtype),
+                "info": partial(_command, "info", str(path)),
+                "json": partial(_command, "info", "--json", str(path)),
+                "build": partial(_build, path),
+                "convert": partial(_convert, path, out, dtype),
             }
             for operation, work in works.items():
                 with warnings.catch_warnings():

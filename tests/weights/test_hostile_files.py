@@ -192,7 +192,7 @@ class TestDtypes:
         block = narrow["information_transformer_layes.0.attn.out_proj.weight"].float()
         width = alignment.config.width
         values = narrow["information_transformer_layes.0.attn.in_proj_weight"].float()[2 * width :]
-        assert torch.allclose(alignment.blocks[0].attn.weight, block @ values)
+        assert torch.allclose(alignment.get_parameter("blocks.0.attn.weight"), block @ values)
         unet, _ = convert(path, tmp_path / "wide", "fp32")
         assert all(torch.equal(value, narrow[key].float()) for key, value in load_file(unet).items())
         assert main(["info", str(path)]) == 0
