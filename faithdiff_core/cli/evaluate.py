@@ -7,36 +7,64 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..evaluation.metrics import FULL_REFERENCE, NO_REFERENCE
-from ..evaluation.scores import evaluate, table, write_csv
+from ..evaluation.metrics import FULL_REFERENCE, NO_REFERENCE, PRESETS, metric_names
+from ..evaluation.scores import as_json, comparison, evaluate_folders, table, write_csv
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `evaluate`."""
-    parser.add_argument("results", type=Path, metavar="RESULTS", help="folder of restored images, or one image")
-    parser.add_argument("--reference", type=Path, metavar="HQ", help="the originals under the same names")
     parser.add_argument(
+        "results",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="folder of restored images, or one image; several are compared with each other",
+    )
+    parser.add_argument("--reference", type=Path, metavar="HQ", help="the originals under the same names")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
         "--metrics",
         default=None,
         metavar="LIST",
-        help=f"comma-separated, of {', '.join(FULL_REFERENCE + NO_REFERENCE)} (all that the reference allows)",
+        help=f"comma-separated, of {', '.join(FULL_REFERENCE + NO_REFERENCE)} (all that the reference allows), "
+        "psnry, ssimc, or any of pyiqa's names",
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table to a CSV file too")
+    chosen.add_argument("--preset", choices=sorted(PRESETS), help="faithdiff: the ten of the published evaluation")
+    parser.add_argument(
+        "--channel", choices=("rgb", "y"), help="of psnr and ssim; without it as published: psnr over RGB, ssim on Y"
+    )
+    parser.add_argument(
+        "--border", type=int, default=0, metavar="N", help="pixels cut off before comparing with references (0)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all scores to a CSV file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to a JSON file too")
     parser.add_argument("--device", default="cpu", help="for the metrics with networks (cpu)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the table to standard output.
 
+    Returns:
+        0, or 1 if none of the metrics could be had.
+
     Raises:
         FaithDiffError: bad arguments or images.
     """
-    if args.metrics is None:
-        names: Sequence[str] = NO_REFERENCE if args.reference is None else FULL_REFERENCE + NO_REFERENCE
+    if args.preset is not None:
+        names: Sequence[str] = PRESETS[args.preset]
+    elif args.metrics is None:
+        names = NO_REFERENCE if args.reference is None else FULL_REFERENCE + NO_REFERENCE
     else:
         names = [n.strip() for n in args.metrics.split(",") if n.strip()]
-    evaluation = evaluate(args.results, args.reference, names, args.device)
-    sys.stdout.write(table(evaluation))
+    names = metric_names(names, args.channel)
+    found = evaluate_folders(args.results, args.reference, names, args.device, args.border)
+    evaluations = {str(folder): evaluation for folder, evaluation in zip(args.results, found, strict=True)}
+    sys.stdout.write(table(found[0]) if len(found) == 1 else comparison(evaluations))
     if args.csv is not None:
-        write_csv(evaluation, args.csv)
+        write_csv(evaluations, args.csv)
+    if args.json is not None:
+        args.json.write_text(as_json(evaluations), encoding="utf-8")
+    if not found[0].metrics:
+        sys.stderr.write("error: nothing was measured: none of the metrics could be had.\n")
+        return 1
     return 0

@@ -1,18 +1,24 @@
-"""Scores of folders of images, as a table and as CSV."""
+"""Scores of folders of images: means with intervals, as a table, as CSV and as JSON."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import ImageError, SettingsError
 from ..images.formats import list_folder, read_suffixes
 from ..images.reading import load_image
-from .metrics import FULL_REFERENCE, ImageArray, available_metrics
+from .metrics import ImageArray, Metric, available_metrics, lower_is_better, needs_reference
+
+CONFIDENCE = 0.95
+"""Of the intervals around means."""
 
 
 @dataclass(frozen=True)
@@ -21,50 +27,118 @@ class Evaluation:
 
     Attributes:
         metrics: names of the metrics that could be had, in order.
-        scores: for each image by name, its scores in that order.
+        scores: for each image by name, its scores in that order; NaN for a metric of whole folders.
         missing: for each metric that could not be had, why.
+        whole: for each metric of whole folders, its score.
+        lower: for each metric, whether a lower score is the better one.
     """
 
     metrics: list[str]
     scores: dict[str, list[float]]
     missing: dict[str, str]
+    whole: dict[str, float] = field(default_factory=dict)
+    lower: dict[str, bool] = field(default_factory=dict)
 
     @property
     def means(self) -> list[float]:
-        """Mean over the images of each metric."""
-        return [float(np.mean(column)) for column in zip(*self.scores.values(), strict=True)]
+        """Mean over the images of each metric, or the whole folder's score."""
+        columns = zip(*self.scores.values(), strict=True) if self.metrics else ()
+        return [
+            self.whole[name] if name in self.whole else float(np.mean(column))
+            for name, column in zip(self.metrics, columns, strict=True)
+        ]
+
+    @property
+    def intervals(self) -> list[float | None]:
+        """Half width of each mean's 95 % interval (Student's t); None for one image, or for a whole folder's score."""
+        columns = zip(*self.scores.values(), strict=True) if self.metrics else ()
+        return [
+            None if name in self.whole else _interval(column)
+            for name, column in zip(self.metrics, columns, strict=True)
+        ]
 
 
-def evaluate(results: Path, reference: Path | None, names: Sequence[str], device: str = "cpu") -> Evaluation:
+def _interval(values: Sequence[float]) -> float | None:
+    from scipy.stats import t
+
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * spread
+
+
+def evaluate(
+    results: Path, reference: Path | None, names: Sequence[str], device: str = "cpu", border: int = 0
+) -> Evaluation:
     """Score every image of a folder.
 
     Args:
         results: folder of images, or one image.
         reference: folder of the references under the same names (any suffix), or one image; None for metrics that
-            need
-            none.
+            need none.
         names: of metrics.
         device: for those that pyiqa computes.
+        border: pixels that are cut off at each side before images are compared with references.
 
     Raises:
         ImageError: a folder is empty, a reference is missing or has another size, or an image cannot be read.
         SettingsError: an unknown metric, or one that needs a reference without one.
     """
-    if reference is None and any(n in FULL_REFERENCE for n in names):
-        raise SettingsError("psnr, ssim and lpips compare with a reference; give --reference.")
-    pairs = _pairs(results, reference)
+    return evaluate_folders([results], reference, names, device, border)[0]
+
+
+def evaluate_folders(
+    folders: Sequence[Path], reference: Path | None, names: Sequence[str], device: str = "cpu", border: int = 0
+) -> list[Evaluation]:
+    """Score several folders with the same metrics, each loaded once; as `evaluate`."""
+    if border < 0:
+        raise SettingsError(f"border must be 0 or more, got {border}.")
+    wanting = [n for n in names if needs_reference(n)]
+    if reference is None and wanting:
+        raise SettingsError(f"{', '.join(wanting)} compare with a reference; give --reference.")
+    paired = [_pairs(folder, reference) for folder in folders]
     metrics, missing = available_metrics(names, device)
-    scores = {}
-    for name, (result_file, reference_file) in pairs.items():
-        result = _read(result_file)
-        truth = None if reference_file is None else _read(reference_file)
-        if truth is not None and truth.shape != result.shape:
-            raise ImageError(
-                f"{result_file} has {result.shape[1]} x {result.shape[0]} pixels, its reference {reference_file} "
-                f"{truth.shape[1]} x {truth.shape[0]}; expected the same size."
-            )
-        scores[name] = [metric(result, truth) for metric in metrics.values()]
-    return Evaluation(list(metrics), scores, missing)
+    made = []
+    for folder, pairs in zip(folders, paired, strict=True):
+        whole: dict[str, float] = {}
+        for name, metric in metrics.items():
+            if metric.score_folders is not None:
+                whole[name] = _score_folders(metric, folder, reference)
+        scores = {name: _scores(metrics.values(), *files, border) for name, files in pairs.items()}
+        made.append(Evaluation(list(metrics), scores, missing, whole, lower_is_better(metrics)))
+    return made
+
+
+def _score_folders(metric: Metric, folder: Path, reference: Path | None) -> float:
+    assert metric.score_folders is not None
+    if reference is None or not (folder.is_dir() and reference.is_dir()):
+        raise SettingsError(f"{metric.name} compares whole folders; give two folders, not images.")
+    return metric.score_folders(folder, reference)
+
+
+def _scores(metrics: Iterable[Metric], result_file: Path, reference_file: Path | None, border: int) -> list[float]:
+    result = _read(result_file)
+    truth = None if reference_file is None else _read(reference_file)
+    if truth is not None and truth.shape != result.shape:
+        raise ImageError(
+            f"{result_file} has {result.shape[1]} x {result.shape[0]} pixels, its reference {reference_file} "
+            f"{truth.shape[1]} x {truth.shape[0]}; expected the same size."
+        )
+    if min(result.shape[:2]) <= 2 * border:
+        raise ImageError(
+            f"{result_file} has {result.shape[1]} x {result.shape[0]} pixels, and nothing is left of it without a "
+            f"border of {border}."
+        )
+    inner = slice(border, -border or None)
+    scores = []
+    for metric in metrics:
+        if metric.score is None:
+            scores.append(math.nan)
+        elif metric.referenced and truth is not None:
+            scores.append(metric.score(result[inner, inner], truth[inner, inner]))
+        else:
+            scores.append(metric.score(result, truth))
+    return scores
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -100,17 +174,76 @@ def _read(path: Path) -> ImageArray:
 def table(evaluation: Evaluation) -> str:
     """The scores as a Markdown table with a row of means, and a line for each missing metric."""
     lines = ["| image | " + " | ".join(evaluation.metrics) + " |", "|---" * (len(evaluation.metrics) + 1) + "|"]
-    rows = [*evaluation.scores.items(), ("mean", evaluation.means)]
-    lines += [f"| {name} | " + " | ".join(f"{score:.4f}" for score in scores) + " |" for name, scores in rows]
-    lines += [f"missing: {name}: {reason}" for name, reason in evaluation.missing.items()]
+    lines += [f"| {name} | " + " | ".join(map(_number, scores)) + " |" for name, scores in evaluation.scores.items()]
+    means = zip(evaluation.means, evaluation.intervals, strict=True)
+    lines.append("| mean | " + " | ".join(_with_interval(mean, half) for mean, half in means) + " |")
+    lines += _missing(evaluation)
     return "\n".join(lines) + "\n"
 
 
-def write_csv(evaluation: Evaluation, path: Path) -> None:
-    """The scores as CSV with a row of means; missing metrics are columns of empty cells."""
+def comparison(evaluations: dict[str, Evaluation]) -> str:
+    """Several folders as the columns of a Markdown table of means; the best is bold, the second best underlined."""
+    names = list(evaluations)
+    first = evaluations[names[0]]
+    lines = ["| metric | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row, metric in enumerate(first.metrics):
+        lower = first.lower.get(metric, False)
+        means = [evaluation.means[row] for evaluation in evaluations.values()]
+        ranked = sorted(set(means), reverse=not lower)
+        cells = []
+        for mean, evaluation in zip(means, evaluations.values(), strict=True):
+            cell = _with_interval(mean, evaluation.intervals[row])
+            place = ranked.index(mean) if len(ranked) > 1 else -1
+            cells.append({0: f"**{cell}**", 1: f"<u>{cell}</u>"}.get(place, cell))
+        lines.append(f"| {metric} {'↓' if lower else '↑'} | " + " | ".join(cells) + " |")
+    return "\n".join(lines + _missing(first)) + "\n"
+
+
+def _missing(evaluation: Evaluation) -> list[str]:
+    return [f"missing: {name}: {reason}" for name, reason in evaluation.missing.items()]
+
+
+def _number(score: float) -> str:
+    return "" if math.isnan(score) else f"{score:.4f}"
+
+
+def _with_interval(mean: float, half: float | None) -> str:
+    return _number(mean) if half is None else f"{_number(mean)} ± {half:.4f}"
+
+
+def write_csv(evaluations: dict[str, Evaluation], path: Path) -> None:
+    """The scores as CSV with a row of means for each folder; missing metrics are columns of empty cells.
+
+    With several folders, the first column is the folder.
+    """
+    several = len(evaluations) > 1
+    first = next(iter(evaluations.values()))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", *evaluation.metrics, *evaluation.missing])
-        empty = [""] * len(evaluation.missing)
-        for name, scores in [*evaluation.scores.items(), ("mean", evaluation.means)]:
-            writer.writerow([name, *(f"{score:.6f}" for score in scores), *empty])
+        writer.writerow([*(["results"] if several else []), "image", *first.metrics, *first.missing])
+        for folder, evaluation in evaluations.items():
+            for name, scores in [*evaluation.scores.items(), ("mean", evaluation.means)]:
+                cells = ["" if math.isnan(score) else f"{score:.6f}" for score in scores]
+                writer.writerow([*([folder] if several else []), name, *cells, *[""] * len(evaluation.missing)])
+
+
+def as_json(evaluations: dict[str, Evaluation]) -> str:
+    """All scores, means, intervals and missing metrics as JSON; what is not finite is null."""
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    values: dict[str, Any] = {
+        folder: {
+            "mean": {n: finite(v) for n, v in zip(e.metrics, e.means, strict=True)},
+            "interval_95": {n: finite(v) for n, v in zip(e.metrics, e.intervals, strict=True)},
+            "images": {
+                image: {n: finite(v) for n, v in zip(e.metrics, scores, strict=True)}
+                for image, scores in e.scores.items()
+            },
+            "lower_is_better": e.lower,
+            "missing": e.missing,
+        }
+        for folder, e in evaluations.items()
+    }
+    return json.dumps(values, indent=1) + "\n"
