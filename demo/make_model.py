@@ -34,8 +34,8 @@ from faithdiff_core.images.color import wavelet
 from faithdiff_core.sampling.schedule import alphas_cumprod
 from faithdiff_core.sdxl import TRAIN_STEPS, VAE_SCALING_FACTOR
 from faithdiff_core.training.data import list_images, open_image
-from faithdiff_core.training.loop import train
 from faithdiff_core.training.model import time_ids
+from faithdiff_core.training.start import train
 from faithdiff_core.training.yaml_config import read_yaml
 
 HERE = Path(__file__).resolve().parent

@@ -57,6 +57,10 @@ class NotFiniteError(FaithDiffError):
     """A model overflowed: its result has values that are NaN or infinite."""
 
 
+class SaveError(FaithDiffError):
+    """A file cannot be written: no space left, no permission, a folder that is not there."""
+
+
 def install_extra(name: str) -> str:
     """In words, how to install what an extra of pyproject.toml brings; for messages of `MissingPackageError`.
 

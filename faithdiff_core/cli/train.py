@@ -28,7 +28,7 @@ def run_train(args: argparse.Namespace) -> int:
     Raises:
         FaithDiffError: bad settings, data or weights.
     """
-    from ..training.loop import train
+    from ..training.start import train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it lists every file of a checkpoint

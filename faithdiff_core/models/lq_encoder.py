@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import NotFiniteError, SettingsError
 from ..tiling.blend import Span, composite, composite_spans
@@ -164,6 +165,10 @@ class _MidBlock(nn.Module):
 class LQEncoder(nn.Module):
     """Low-quality image to features.
 
+    Attributes:
+        gradient_checkpointing: in training, compute each block's activations twice instead of keeping them: 0.1 GiB
+            instead of 1.5 for an image of 512 px in bf16.
+
     Args:
         config: the sizes; `LQEncoderConfig.from_shapes` reads them off a file.
         dtype: of the parameters.
@@ -191,6 +196,7 @@ class LQEncoder(nn.Module):
             for i in range(len(channels))
         )
         self.mid_block = _MidBlock(channels[-1], operations, **kw)
+        self.gradient_checkpointing = False
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode in one piece.
@@ -202,9 +208,12 @@ class LQEncoder(nn.Module):
             Features, (B, C, H / scale, W / scale).
         """
         h = self.conv_in(pixels)
-        for block in self.down_blocks:
-            h = block(h)
-        return self.mid_block(h)
+        for block in (*self.down_blocks, self.mid_block):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, use_reentrant=False)
+            else:
+                h = block(h)
+        return h
 
     @torch.no_grad()
     def encode(

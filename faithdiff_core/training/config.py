@@ -10,6 +10,8 @@ from typing import Literal
 from ..errors import SettingsError
 from .degradation import DegradationConfig
 
+EnlargeMode = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
 LARGEST_SEED = 2**32 - 1
 """NumPy's global generator, which libraries draw from, takes no larger one."""
 
@@ -37,8 +39,18 @@ class DataConfig:
         captions: `text` (NAME.txt), `json` (NAME.json, key `caption`), `auto` (either), or `none` (all empty).
         on_bad: `raise` stops before training and names what is bad; `skip` leaves it out and says how many.
         check: decode every image before training starts. Without it only names and captions are looked at.
+        max_bad: with `skip`, the largest share of the images that may turn out bad while the run goes on, 0 to 1.
         size: side of the square crops in pixels, a multiple of 8.
+        small: what happens to images below that size: `refuse` takes them for bad, `pad` reflects them at the right
+            and the bottom as the published code does.
         flip: mirror half of the crops.
+        margin: pixels around a crop that are degraded with it, so that neither blur nor JPEG blocks begin at its
+            corner. null degrades the whole image, as the published code does beforehand; 0 degrades the crop alone.
+        enlarge: the ways to bring a low-quality crop to the size, of which one is drawn for each sample.
+        size_conditioning: SDXL's six numbers: `image` gives the image's size and the crop's place (published), `crop`
+            always those of an image of the crop's size.
+        trim_captions: shorten captions as the published code does with its generated ones: without the first three
+            words, two sentences. Set it to false for captions that a person wrote.
         degradation: how low-quality images are made; unused with `lq_folder`.
     """
 
@@ -51,8 +63,14 @@ class DataConfig:
     captions: Literal["auto", "text", "json", "none"] = "auto"
     on_bad: Literal["raise", "skip"] = "raise"
     check: bool = True
+    max_bad: float = 0.01
     size: int = 512
+    small: Literal["refuse", "pad"] = "refuse"
     flip: bool = True
+    margin: int | None = 64
+    enlarge: tuple[EnlargeMode, ...] = ("nearest", "bilinear", "bicubic")
+    size_conditioning: Literal["image", "crop"] = "image"
+    trim_captions: bool = True
     degradation: DegradationConfig = field(default_factory=DegradationConfig)
 
     def __post_init__(self) -> None:
@@ -62,6 +80,16 @@ class DataConfig:
             raise SettingsError("`lq_folder` holds the partners of the images in `folder`; give both.")
         if self.size % 8 or self.size < 32:
             raise SettingsError(f"size must be a multiple of 8 of at least 32 pixels, got {self.size}.")
+        check_number("max_bad", self.max_bad, high=1)
+        check_number("margin", self.margin or 0, high=4096)
+        if not self.enlarge:
+            raise SettingsError("enlarge must name at least one way.")
+        scale = self.degradation.scale
+        if self.lq_folder is None and self.size % scale and (self.margin != 0 or self.small == "pad"):
+            raise SettingsError(
+                f"size {self.size} is not a multiple of the degradation's scale {scale}. Change one of them, or set "
+                "`margin: 0` and `small: refuse`."
+            )
 
 
 @dataclass(frozen=True)
@@ -152,16 +180,22 @@ class TrainConfig:
         batch: images on each device at a time; the published total is 256.
         draws: time steps and noises drawn for each image of a batch, spread over the schedule; more than the
             published 1 give a steadier gradient for little, where encoding images is what costs.
-        accumulate: batches whose gradients are added up for one step.
+        accumulate: batches whose gradients are added up for one step. Defaults to accelerate's, which is 1 where
+            nothing is said.
         workers: processes that make samples; 0 makes them in the training process.
         seed: of everything that is drawn.
-        precision: of the computation; parameters stay in float32.
+        precision: of the computation; parameters that learn stay in float32. Defaults to accelerate's, which is `no`
+            where nothing is said.
+        frozen_precision: of the weights that never learn (text encoders, VAE, with LoRA the U-Net): `run` for the
+            computation's, or fp32.
         save_precision: of the finished files.
         noise_offset: standard deviation of a constant that is added to the noise of each channel.
         text_dropout: how often a caption is replaced with the empty one.
         weight_decay, clip: AdamW's decay, and the norm that gradients are clipped to.
-        ema: decay of the averaged weights, which are what is finished and sampled; 0 turns averaging off.
-        gradient_checkpointing: compute U-Net activations twice instead of keeping them.
+        ema: decay of the averaged weights; 0 turns averaging off.
+        weights: which are finished, sampled and taken into the next stage: `averaged`, or `raw` ones as in the
+            published code; `both` is `averaged` with the raw ones in files beside them.
+        gradient_checkpointing: compute activations of the U-Net and the LQ encoder twice instead of keeping them.
         lora: train LoRA instead of the whole U-Net in stage 2.
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
         resume: go on from the newest checkpoint in `output`, if there is one.
@@ -176,16 +210,18 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = PAPER_STAGES
     batch: int = 8
     draws: int = 1
-    accumulate: int = 1
+    accumulate: int | None = None
     workers: int = 4
     seed: int = 0
-    precision: Literal["no", "fp16", "bf16"] = "no"
+    precision: Literal["no", "fp16", "bf16"] | None = None
+    frozen_precision: Literal["run", "fp32"] = "run"
     save_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
     noise_offset: float = 0.02
     text_dropout: float = 0.2
     weight_decay: float = 1e-2
     clip: float = 1.0
     ema: float = 0.9999
+    weights: Literal["averaged", "raw", "both"] = "averaged"
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     checkpoint_every: int = 1000
@@ -199,8 +235,9 @@ class TrainConfig:
         if not self.stages:
             raise SettingsError("stages must name at least one stage.")
         for name in ("batch", "draws", "accumulate", "checkpoint_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SettingsError(f"{name} must be 1 or more, got {value}.")
         if self.workers < 0:
             raise SettingsError(f"workers must be 0 or more, got {self.workers}.")
         if not 0 <= self.seed <= LARGEST_SEED:

@@ -4,16 +4,15 @@ Blur, resize, noise and JPEG, twice, and a final sinc filter that makes the ring
 range is a setting, and every draw comes from one generator, so a sample depends on its seed alone and not on the
 worker that makes it.
 
-Filtering and resizing are torch's, as in the published process (no antialiasing on reduction), JPEG is Pillow's (a real
-encoder), the random numbers are NumPy's. The kernels are written here: libraries have Gaussian ones and, some,
-generalised and sinc ones, but none has the plateau family, and half of a family of kernels from elsewhere would only
-split the seeds.
+Filtering and resizing are torch's, as in the published process (no antialiasing on reduction), the random numbers are
+NumPy's. JPEG is the published process's transform (`jpeg.py`) or Pillow's encoder.
 """
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,65 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ImageError, SettingsError
-
-Range = tuple[float, float]
-
-KernelKind = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
+from .jpeg import jpeg_transform
+from .kernels import KernelMix, Range, check_probability, check_range, draw_kernel, draw_size, sinc_kernel
 
 MIN_SIDE = 8
 """Smallest side in pixels that a degraded image is allowed to have on its way."""
-
-
-def _check_range(name: str, value: Range, low: float, high: float) -> None:
-    if not (low <= value[0] <= value[1] <= high):
-        raise SettingsError(f"{name} must be a range [from, to] within {low:g} to {high:g}, got {list(value)}.")
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise SettingsError(f"{name} is a probability, 0 to 1, got {value}.")
-
-
-@dataclass(frozen=True)
-class KernelMix:
-    """Which blur kernels are drawn.
-
-    Attributes:
-        iso, aniso, generalized_iso, generalized_aniso, plateau_iso, plateau_aniso: weights of the families.
-        size: smallest and largest side in pixels, odd.
-        betag: shape of the generalised Gaussian; below 1 has heavier tails, above 1 lighter ones.
-        betap: shape of the plateau.
-    """
-
-    iso: float = 0.45
-    aniso: float = 0.25
-    generalized_iso: float = 0.12
-    generalized_aniso: float = 0.03
-    plateau_iso: float = 0.12
-    plateau_aniso: float = 0.03
-    size: tuple[int, int] = (7, 21)
-    betag: Range = (0.5, 4.0)
-    betap: Range = (1.0, 2.0)
-
-    def __post_init__(self) -> None:
-        if min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0:
-            raise SettingsError(f"kernel weights must be 0 or more, and one of them more than 0, got {self.weights}.")
-        if not (self.size[0] % 2 and self.size[1] % 2 and 3 <= self.size[0] <= self.size[1] <= 51):
-            raise SettingsError(f"kernel size must be two odd numbers from 3 to 51, got {list(self.size)}.")
-        _check_range("betag", self.betag, 0.05, 20)
-        _check_range("betap", self.betap, 0.05, 20)
-
-    @property
-    def weights(self) -> dict[KernelKind, float]:
-        """Weights by family, as given."""
-        return {
-            "iso": self.iso,
-            "aniso": self.aniso,
-            "generalized_iso": self.generalized_iso,
-            "generalized_aniso": self.generalized_aniso,
-            "plateau_iso": self.plateau_iso,
-            "plateau_aniso": self.plateau_aniso,
-        }
 
 
 @dataclass(frozen=True)
@@ -116,12 +61,12 @@ class Pass:
 
     def __post_init__(self) -> None:
         for name in ("blur_probability", "sinc_probability", "gaussian_probability", "grey_probability"):
-            _check_probability(name, getattr(self, name))
-        _check_range("blur_sigma", self.blur_sigma, 0.01, 50)
-        _check_range("resize", self.resize, 0.05, 8)
-        _check_range("gaussian_sigma", self.gaussian_sigma, 0, 255)
-        _check_range("poisson_scale", self.poisson_scale, 0, 100)
-        _check_range("jpeg_quality", self.jpeg_quality, 1, 100)
+            check_probability(name, getattr(self, name))
+        check_range("blur_sigma", self.blur_sigma, 0.01, 50)
+        check_range("resize", self.resize, 0.05, 8)
+        check_range("gaussian_sigma", self.gaussian_sigma, 0, 255)
+        check_range("poisson_scale", self.poisson_scale, 0, 100)
+        check_range("jpeg_quality", self.jpeg_quality, 1, 100)
         if min(self.resize_weights) < 0 or sum(self.resize_weights) <= 0:
             raise SettingsError(f"resize_weights must be three numbers, not all 0, got {list(self.resize_weights)}.")
 
@@ -139,6 +84,10 @@ class DegradationConfig:
         kernels: which blur kernels are drawn.
         first, second: the passes; `second: null` leaves the second one out.
         final_sinc_probability: how often the final sinc filter runs.
+        jpeg: `published` is the training code's transform, which repeats chroma samples and has fractional qualities;
+            `encoder` is a real encoder and decoder (Pillow's), which interpolates chroma: nearer to users' images, and
+            27 % less colour detail.
+        clip_noise: clip the image to its range after noise, as published, and not only at the end.
     """
 
     scale: int = 4
@@ -146,89 +95,13 @@ class DegradationConfig:
     first: Pass = FIRST_PASS
     second: Pass | None = SECOND_PASS
     final_sinc_probability: float = 0.8
+    jpeg: Literal["published", "encoder"] = "published"
+    clip_noise: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.scale <= 16:
             raise SettingsError(f"scale must be a whole number from 1 to 16, got {self.scale}.")
-        _check_probability("final_sinc_probability", self.final_sinc_probability)
-
-
-def gaussian_kernel(
-    size: int, sigma_x: float, sigma_y: float, angle: float, *, beta: float = 1.0, plateau: bool = False
-) -> NDArray[np.float64]:
-    """A blur kernel of the Gaussian family, summing to 1.
-
-    With d the squared Mahalanobis distance from the centre: exp(-d^beta / 2), generalised for beta other than 1, or
-    1 / (1 + d^beta) for the plateau family.
-
-    Args:
-        size: side in pixels, odd.
-        sigma_x, sigma_y: standard deviations along the kernel's axes, in pixels.
-        angle: of these axes, in radians.
-        beta: shape, above 0.
-        plateau: the family with a flat top.
-    """
-    axis = np.arange(size) - size // 2
-    x, y = np.meshgrid(axis, axis)
-    along, across = x * math.cos(angle) + y * math.sin(angle), -x * math.sin(angle) + y * math.cos(angle)
-    distance = (along / sigma_x) ** 2 + (across / sigma_y) ** 2
-    kernel = 1 / (1 + distance**beta) if plateau else np.exp(-0.5 * distance**beta)
-    return kernel / kernel.sum()
-
-
-def sinc_kernel(size: int, cutoff: float) -> NDArray[np.float64]:
-    """The circular low-pass filter cut to `size`, summing to 1; it rings at edges.
-
-    Args:
-        size: side in pixels, odd.
-        cutoff: in radians per pixel, up to pi.
-    """
-    from scipy.special import j1
-
-    axis = np.arange(size) - size // 2
-    radius = np.hypot(*np.meshgrid(axis, axis))
-    safe = np.where(radius == 0, 1.0, radius)
-    kernel = np.where(radius == 0, cutoff**2 / (4 * math.pi), cutoff * j1(cutoff * safe) / (2 * math.pi * safe))
-    return kernel / kernel.sum()
-
-
-def draw_kernel(rng: np.random.Generator, mix: KernelMix, sigma: Range, sinc_probability: float) -> NDArray[np.float64]:
-    """Draw a blur kernel.
-
-    Args:
-        rng: source of all draws.
-        mix: families and sizes.
-        sigma: range of the standard deviations in pixels.
-        sinc_probability: how often it is a sinc filter instead.
-    """
-    size = _draw_size(rng, mix)
-    if rng.random() < sinc_probability:
-        # Small kernels cannot hold slow oscillations.
-        return sinc_kernel(size, rng.uniform(math.pi / (3 if size < 13 else 5), math.pi))
-    names = list(mix.weights)
-    weights = np.array(list(mix.weights.values()))
-    kind = names[rng.choice(len(names), p=weights / weights.sum())]
-    sigma_x = sigma_y = rng.uniform(*sigma)
-    angle = 0.0
-    if kind.endswith("aniso"):
-        sigma_y, angle = rng.uniform(*sigma), rng.uniform(-math.pi, math.pi)
-    if kind.startswith("generalized"):
-        return gaussian_kernel(size, sigma_x, sigma_y, angle, beta=_draw_beta(rng, mix.betag))
-    if kind.startswith("plateau"):
-        return gaussian_kernel(size, sigma_x, sigma_y, angle, beta=_draw_beta(rng, mix.betap), plateau=True)
-    return gaussian_kernel(size, sigma_x, sigma_y, angle)
-
-
-def _draw_size(rng: np.random.Generator, mix: KernelMix) -> int:
-    return int(rng.integers(mix.size[0] // 2, mix.size[1] // 2 + 1)) * 2 + 1
-
-
-def _draw_beta(rng: np.random.Generator, bounds: Range) -> float:
-    """Half of the draws below 1 and half above it, where the range has both sides."""
-    low, high = bounds
-    if low < 1 < high:
-        return float(rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high))
-    return float(rng.uniform(low, high))
+        check_probability("final_sinc_probability", self.final_sinc_probability)
 
 
 def filter_image(image: Tensor, kernel: NDArray[np.float64]) -> Tensor:
@@ -270,7 +143,17 @@ def _noise(image: Tensor, rng: np.random.Generator, settings: Pass) -> Tensor:
     return image + torch.from_numpy(noise).to(image)
 
 
-def _jpeg(image: Tensor, quality: int) -> Tensor:
+def _jpeg(rng: np.random.Generator, settings: Pass, kind: str) -> Callable[[Tensor], Tensor]:
+    """Draw a quality; gives what compresses an image with it."""
+    low, high = settings.jpeg_quality
+    if kind == "published":
+        quality = float(rng.uniform(low, high))
+        return lambda image: jpeg_transform(image.clamp(0, 1), quality)
+    whole = int(rng.integers(low, high + 1))
+    return lambda image: _encoded(image, whole)
+
+
+def _encoded(image: Tensor, quality: int) -> Tensor:
     buffer = io.BytesIO()
     to_image(image).save(buffer, "JPEG", quality=quality)
     with Image.open(buffer) as opened:
@@ -321,18 +204,20 @@ def degrade(original: Image.Image, config: DegradationConfig, rng: np.random.Gen
         size = (max(MIN_SIDE, round(base[0] * factor)), max(MIN_SIDE, round(base[1] * factor)))
         image = _resize(image, *size, rng)
         image = _noise(image, rng, settings)
-        quality = int(rng.integers(settings.jpeg_quality[0], settings.jpeg_quality[1] + 1))
+        if config.clip_noise:
+            image = image.clamp(0, 1)
+        compress = _jpeg(rng, settings, config.jpeg)
         if not last:
-            image = _jpeg(image, quality)
+            image = compress(image)
             continue
         jpeg_first = rng.random() < 0.5
         if jpeg_first:
-            image = _jpeg(image, quality)
+            image = compress(image)
         image = _resize(image, height, width, rng)
         if rng.random() < config.final_sinc_probability:
-            image = filter_image(image, sinc_kernel(_draw_size(rng, config.kernels), rng.uniform(math.pi / 3, math.pi)))
+            image = filter_image(image, sinc_kernel(draw_size(rng, config.kernels), rng.uniform(math.pi / 3, math.pi)))
         if not jpeg_first:
-            image = _jpeg(image, quality)
+            image = compress(image)
     return to_image(image)
 
 

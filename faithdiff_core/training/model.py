@@ -40,6 +40,8 @@ class TrainableModel(nn.Module):
         if alignment.folded:
             raise SettingsError("Training needs an alignment built with folded=False.")
         self.unet, self.lq_encoder, self.alignment = unet, lq_encoder, alignment
+        self.lora: LoraConfig | None = None
+        self.frozen_dtype = torch.float32
 
     def forward(
         self, noisy: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, time_ids: Tensor, lq: Tensor | None
@@ -58,6 +60,10 @@ class TrainableModel(nn.Module):
         Returns:
             (B, 4, h, w).
         """
+        dtype = self.alignment.condition_embedding.conv_in.weight.dtype
+        if dtype != torch.float32:  # DeepSpeed turns parameters into half precision, and autocasts nothing
+            noisy, context, pooled = (part.to(dtype) for part in (noisy, context, pooled))
+            lq = None if lq is None else lq.to(dtype)
         hook = AlignmentHook(self.alignment, strength=0.0 if lq is None else 1.0)
         with hook.on(self.unet):
             if lq is not None:
@@ -70,6 +76,27 @@ class TrainableModel(nn.Module):
                 added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
             ).sample
         return predicted
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute activations of the U-Net and of the LQ encoder twice instead of keeping them."""
+        self.unet.enable_gradient_checkpointing()
+        self.lq_encoder.gradient_checkpointing = True
+
+    def add_lora(self, config: LoraConfig, frozen_dtype: torch.dtype) -> None:
+        """Put LoRA layers into the U-Net, whose own weights then never learn.
+
+        Args:
+            config: the layers' sizes and places.
+            frozen_dtype: of the U-Net's own weights; those of the LoRA are float32.
+
+        Raises:
+            MissingPackageError: peft is not installed.
+            SettingsError: no layer's name ends as configured.
+        """
+        add_lora(self.unet, config)
+        self.lora, self.frozen_dtype = config, frozen_dtype
+        for name, parameter in self.unet.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if "lora_" in name else frozen_dtype)
 
     def select(self, stage: StageConfig, lora: bool) -> list[dict[str, Any]]:
         """Freeze and thaw parameters for a stage, and group those that learn for the optimiser.
@@ -94,31 +121,70 @@ class TrainableModel(nn.Module):
             {"params": list(self.lq_encoder.parameters()), "lr": stage.lq_learning_rate},
         ]
 
-    def published(self, *, adapter_only: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    def published(
+        self, *, adapter_only: bool, dtype: torch.dtype, state: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """The state dict of a FaithDiff file; a LoRA is added to the weights that it belongs to.
 
         Args:
             adapter_only: leave the U-Net out.
             dtype: of the tensors.
+            state: of the whole module, under the module's names. Defaults to the module's own.
         """
-        state = {} if adapter_only else merged_unet_state(self.unet)
-        state |= {ENCODER_PREFIX + key: value for key, value in self.lq_encoder.state_dict().items()}
-        state |= to_published(self.alignment)
-        return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
+        state = self.state_dict() if state is None else state
+        # On the meta device an alignment takes any state as its own without copying it.
+        with torch.device("meta"):
+            alignment = Alignment(self.alignment.config, folded=False)
+        alignment.load_state_dict(_below(state, "alignment."), assign=True)
+        published = {} if adapter_only else merged_unet_state(_below(state, "unet."), self.lora)
+        published |= {ENCODER_PREFIX + key: value for key, value in _below(state, "lq_encoder.").items()}
+        published |= to_published(alignment)
+        return {key: value.detach().to("cpu", dtype).contiguous() for key, value in published.items()}
 
 
-def merged_unet_state(unet: nn.Module) -> dict[str, Tensor]:
-    """A U-Net's state dict under diffusers' names, LoRA updates added in."""
-    state: dict[str, Tensor] = {}
-    for key, value in unet.state_dict().items():
-        if "lora_" not in key:
-            state[key.replace(".base_layer.", ".")] = value
-    for name, module in unet.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "get_delta_weight"):
-            key = name + ".weight"
-            for adapter in module.active_adapters:
-                state[key] = state[key] + module.get_delta_weight(adapter).to(state[key])
-    return state
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+LORA_DOWN, LORA_UP = ".lora_A.default.weight", ".lora_B.default.weight"
+"""How peft names the two matrices of a layer's LoRA."""
+
+
+def merged_unet_state(state: Mapping[str, Tensor], lora: LoraConfig | None) -> dict[str, Tensor]:
+    """A U-Net's state dict under diffusers' names, LoRA updates added in.
+
+    Args:
+        state: the U-Net's, with peft's names where it has a LoRA.
+        lora: its configuration.
+    """
+    merged = {key.replace(".base_layer.", "."): value for key, value in state.items() if "lora_" not in key}
+    for key, down in state.items():
+        if lora is not None and key.endswith(LORA_DOWN):
+            layer = key.removesuffix(LORA_DOWN)
+            weight = merged[f"{layer}.weight"]
+            update = (state[layer + LORA_UP].float() @ down.float()) * (lora.alpha / lora.rank)
+            merged[f"{layer}.weight"] = (weight.float() + update.view(weight.shape)).to(down.dtype)
+    return merged
+
+
+def lora_state(state: Mapping[str, Tensor], lora: LoraConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A LoRA as a file of its own, with the names that ComfyUI and diffusers read (`lora_unet_*`).
+
+    Args:
+        state: the U-Net's, with peft's names.
+        lora: its configuration.
+        dtype: of the tensors.
+    """
+    names = {LORA_DOWN: ".lora_down.weight", LORA_UP: ".lora_up.weight"}
+    found: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            if key.endswith(ours):
+                name = "lora_unet_" + key.removesuffix(ours).replace(".", "_")
+                found[name + theirs] = value.detach().to("cpu", dtype).contiguous()
+                found[name + ".alpha"] = torch.tensor(lora.alpha, dtype=dtype)
+    return found
 
 
 def add_lora(unet: Any, config: LoraConfig) -> None:
@@ -207,10 +273,21 @@ class FrozenModels:
         for module in (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
             module.requires_grad_(False).eval()
 
-    def to(self, device: torch.device) -> None:
-        """Move everything to a device."""
-        for module in (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
-            module.to(device)
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Move everything to a device and into a precision.
+
+        A VAE that overflows in fp16, as its configuration says (`force_upcast`), stays in float32 there.
+        """
+        for module in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+            module.to(device, dtype)
+        overflows = dtype == torch.float16 and self.vae.config.get("force_upcast", True)
+        self.vae.to(device, torch.float32 if overflows else dtype)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all weights."""
+        modules = (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     @property
     def latent_channels(self) -> int:
@@ -228,13 +305,15 @@ class FrozenModels:
             pixels: (B, 3, H, W) in [-1, 1].
             posterior: standard normal numbers of the latents' shape.
         """
-        distribution = self.vae.encode(pixels).latent_dist
-        return (distribution.mean + distribution.std * posterior) * self.vae.config.scaling_factor
+        distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        sample = distribution.mean.float() + distribution.std.float() * posterior
+        return sample * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents to pixels in [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1, 1)
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
     def encode_texts(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -247,7 +326,7 @@ class FrozenModels:
                 context, _, pooled, _ = self.pipeline.encode_prompt(
                     caption, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
-                fresh[caption] = (context[0].cpu(), pooled[0].cpu())
+                fresh[caption] = (context[0].float().cpu(), pooled[0].float().cpu())
         if len(fresh) <= CAPTIONS_KEPT:
             self._texts = fresh
         pairs = [fresh[c] for c in captions]
@@ -295,6 +374,16 @@ def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenMo
                 raise WeightsError(f"{init}: its U-Net does not fit the one in {base}: {error}") from error
     pipeline.unet = None
     return TrainableModel(unet.train(), lq_encoder.train(), alignment.train()), FrozenModels(pipeline, pipeline.vae)
+
+
+def base_unet_state(base: Path, init: Path | None) -> dict[str, Tensor]:
+    """The U-Net that a LoRA is trained on, as its file has it: that of `init` if it has one, else that of `base`."""
+    from diffusers import UNet2DConditionModel
+
+    weights = None if init is None else read_faithdiff(init).unet
+    if weights is not None:
+        return dict(weights.state)
+    return dict(UNet2DConditionModel.from_pretrained(base / "unet", local_files_only=True).state_dict())
 
 
 def time_ids(batch: int, size: int, device: torch.device) -> Tensor:

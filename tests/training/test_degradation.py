@@ -20,19 +20,15 @@ from faithdiff_core.training.degradation import (
     FIRST_PASS,
     SECOND_PASS,
     DegradationConfig,
-    KernelMix,
     Pass,
-    _draw_beta,
     _draw_factor,
     _noise,
     degrade,
-    draw_kernel,
     filter_image,
-    gaussian_kernel,
-    sinc_kernel,
     to_image,
     to_tensor,
 )
+from faithdiff_core.training.kernels import KernelMix, draw_beta, draw_kernel, gaussian_kernel, sinc_kernel
 from faithdiff_core.training.yaml_config import build
 
 PLAIN = Pass(0.0, 0.0, (0.2, 3.0), (1, 1), (0, 0, 1), 1.0, (0, 0), (0, 0), 0.0, (100, 100))
@@ -107,7 +103,7 @@ def test_drawn_kernels_stay_in_their_ranges() -> None:
     assert all(k.sum() == pytest.approx(1) for k in kernels)
     with_ringing = sum(k.min() < 0 for k in kernels) / len(kernels)
     assert 0.05 < with_ringing < 0.16
-    betas = np.array([_draw_beta(rng, mix.betag) for _ in range(2000)])
+    betas = np.array([draw_beta(rng, mix.betag) for _ in range(2000)])
     assert betas.min() >= 0.5
     assert betas.max() <= 4
     assert 0.45 < (betas < 1).mean() < 0.55

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,81 +22,19 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from support.training import ROOT, SIZE, Make
 
 from faithdiff_core import read_faithdiff
 from faithdiff_core.cli.train import add_train_arguments, read_config, run_train
-from faithdiff_core.errors import ImageError, SettingsError, WeightsError
+from faithdiff_core.errors import ImageError, SaveError, SettingsError, WeightsError
+from faithdiff_core.training.checkpoints import latest_checkpoint, named_checkpoints
 from faithdiff_core.training.config import DataConfig, LoraConfig, StageConfig, TrainConfig, ValidationConfig
-from faithdiff_core.training.data import SampleSettings, StepBatches, TrainingSet, collate, open_source, usable_entries
+from faithdiff_core.training.data import open_source
+from faithdiff_core.training.data_check import usable_entries
 from faithdiff_core.training.degradation import DegradationConfig
-from faithdiff_core.training.loop import latest_checkpoint, named_checkpoints, train
 from faithdiff_core.training.model import FrozenModels, TrainableModel, load_models, time_ids
-
-ROOT = Path(__file__).resolve().parents[2]
-SIZE = 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    """Two threads at most, the same number everywhere, so that sums are added in one order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base model with an untrained U-Net."""
-    from diffusers import UNet2DConditionModel
-
-    folder = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(ROOT / "demo" / "model", folder)
-    torch.manual_seed(0)
-    UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).save_pretrained(folder / "unet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six small photographs with captions, as text and as JSON."""
-    from skimage import data
-
-    folder = tmp_path_factory.mktemp("images")
-    for index in range(6):
-        source = (data.astronaut, data.coffee, data.chelsea)[index % 3]()
-        crop = source[50 + 20 * index : 150 + 20 * index, 100:220]
-        Image.fromarray(crop).save(folder / f"{index}.png")
-        if index % 2:
-            (folder / f"{index}.json").write_text(json.dumps({"caption": f"Photograph {index}."}))
-        else:
-            (folder / f"{index}.txt").write_text(f"Photograph {index}.\n")
-    return folder
-
-
-Make = Callable[..., TrainConfig]
-
-
-@pytest.fixture
-def make(base: Path, images: Path, tmp_path: Path) -> Make:
-    """Makes small configurations."""
-
-    def configuration(**changes: Any) -> TrainConfig:
-        data = DataConfig(folder=images, size=SIZE, degradation=DegradationConfig(scale=2), **changes.pop("data", {}))
-        defaults: dict[str, Any] = {
-            "base": base,
-            "output": tmp_path / "out",
-            "data": data,
-            "stages": (StageConfig(1, 3, 1e-3, 1e-3, 1), StageConfig(2, 3, 1e-3, 1e-3, 1)),
-            "batch": 2,
-            "workers": 0,
-            "ema": 0.9,
-            "save_precision": "fp32",
-            "tensorboard": False,
-        }
-        return TrainConfig(**(defaults | changes))
-
-    return configuration
+from faithdiff_core.training.samples import SampleSettings, StepBatches, TrainingSet, collate
+from faithdiff_core.training.start import train
 
 
 def _fixed_loss(model: TrainableModel, frozen: FrozenModels, config: TrainConfig) -> float:
@@ -171,21 +108,22 @@ def _run_state(output: Path) -> dict[str, torch.Tensor]:
 
 def test_resuming_equals_never_having_stopped(make: Make, tmp_path: Path) -> None:
     lora = LoraConfig(rank=2, alpha=2, dropout=0.3)  # its dropout draws from torch's own state
-    settings: dict[str, Any] = {"checkpoint_every": 2, "keep": 2, "lora": lora, "accumulate": 2}
+    settings: dict[str, Any] = {"checkpoint_every": 2, "keep": 4, "lora": lora, "accumulate": 2}
     whole = train(make(output=tmp_path / "whole", **settings))
-    assert [p.name for p in named_checkpoints(tmp_path / "whole")] == ["stage00-00000002", "stage01-00000002"]
+    names = ["stage00-00000002", "stage00-00000003", "stage01-00000002", "stage01-00000003"]
+    assert [p.name for p in named_checkpoints(tmp_path / "whole")] == names
 
     broken = make(output=tmp_path / "broken", **settings)
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "broken" / "checkpoints")
     for name in ("stage01-00000002", "stage00-00000002"):
-        # From the second stage, then (with the later checkpoint gone) from the first.
+        # From the second stage, then (with the later checkpoints gone) from the first.
+        for checkpoint in named_checkpoints(tmp_path / "broken"):
+            if checkpoint.name > name:
+                shutil.rmtree(checkpoint)
         resumed = train(broken)
         assert resumed.losses == whole.losses[-resumed.steps :]
         assert resumed.steps == (1 if name.startswith("stage01") else 4)
         assert not _changed(_run_state(tmp_path / "whole"), _run_state(tmp_path / "broken"))
-        for checkpoint in named_checkpoints(tmp_path / "broken"):
-            if checkpoint.name >= "stage01":
-                shutil.rmtree(checkpoint)
 
     with pytest.raises(SettingsError, match=r"other settings.*seed"):
         train(dataclasses.replace(broken, seed=1))
@@ -196,7 +134,7 @@ def test_ctrl_c_saves_and_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
     config = make(stages=(StageConfig(1, 5, 1e-3, 1e-3, 1),))
     before = signal.getsignal(signal.SIGINT)
-    original = loop._Run._after_step
+    original = loop.Run._after_step
 
     def interrupt(self: Any, *arguments: Any) -> None:
         original(self, *arguments)
@@ -204,7 +142,7 @@ def test_ctrl_c_saves_and_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_after_step", interrupt)
+        patch.setattr(loop.Run, "_after_step", interrupt)
         first = train(config)
     assert not first.finished
     assert first.steps == 2
@@ -221,17 +159,17 @@ def test_ctrl_c_saves_and_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_killed_checkpoint_is_not_taken_for_a_whole_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    from faithdiff_core.training import loop
+    from faithdiff_core.training import checkpoints
 
     config = make(stages=(StageConfig(1, 4, 1e-3, 1e-3, 1),), checkpoint_every=1)
 
     def killed(*names: Any) -> None:
-        if "00000002" in str(names[1]):
+        if str(names[1]).endswith("stage00-00000002"):
             raise OSError("the machine went away")
         os.rename(*names)
 
-    monkeypatch.setattr(loop.os, "replace", killed)
-    with pytest.raises(OSError, match="went away"):
+    monkeypatch.setattr(checkpoints.os, "replace", killed)
+    with pytest.raises(SaveError, match="went away"):
         train(config)
     assert [p.name for p in named_checkpoints(config.output)] == ["stage00-00000001"]
 
@@ -255,7 +193,7 @@ def test_two_processes_begin_with_the_loss_of_one(make: Make, tmp_path: Path, ba
     script = tmp_path / "run.py"
     script.write_text(
         "import json, sys, torch\nfrom pathlib import Path\nfrom faithdiff_core.cli.train import read_config\n"
-        "from faithdiff_core.training.loop import train\ntorch.set_num_threads(1)\n"
+        "from faithdiff_core.training.start import train\ntorch.set_num_threads(1)\n"
         "outcome = train(read_config(Path(sys.argv[1])))\n"
         "if outcome.files: Path(sys.argv[2]).write_text(json.dumps(outcome.losses))\n"
     )
