@@ -56,6 +56,7 @@ COMMANDS = {
     "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.convert", "convert"),
     "info": Command("say what a weights file is and what it holds", "cli.info", "info"),
     "train": Command("train FaithDiff, or a LoRA for it", "cli.train", "train", "train"),
+    "caption": Command("write a caption beside each image of a folder", "cli.caption"),
     "degrade": Command("make low-quality images as for training", "cli.degrade", "degrade", "train"),
     "evaluate": Command("score restored images", "cli.evaluate", extra="metrics"),
 }
