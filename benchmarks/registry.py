@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import host, rows_core, rows_engine, rows_files, rows_host, rows_peers, shared
+from . import host, rows_core, rows_engine, rows_files, rows_grid, rows_host, rows_peers, shared
 from .results import Result
 from .settings import Settings
 
@@ -44,6 +44,7 @@ ROWS = (
     Row(
         "peers", "beside ControlNet, ControlNet-XS and UltimateSDUpscale (Tables 7 and 8)", rows_peers.rows, "diffusers"
     ),
+    Row("tile-grid", "moving tiles against the published grid, on photographs", rows_grid.rows, on_gpu=False),
     Row("import", "start-up", rows_files.start, on_gpu=False),
     Row("files", "loading and converting against reading and copying", rows_files.files, on_gpu=False),
     Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),

@@ -12,7 +12,8 @@ from ..errors import SettingsError
 from ..models.alignment import Alignment
 from ..models.condition import ConditionEmbedder
 from ..sdxl import tile_time_ids
-from ..tiling.grid import Tile, TileGrid
+from ..tiling.grid import Tile
+from ..tiling.moving import TileGrids
 from .alignment_hook import AlignmentHook
 from .settings import RestoreSettings
 from .text import TextConditioning
@@ -35,8 +36,10 @@ class TiledDenoiser:
         alignment: FaithDiff's alignment, on the U-Net's device.
         features: of the LQ encoder, (B, C, h, w), on any device; None at strength 0.
         text: one row, or one for each image.
-        settings: `tile`, `overlap`, `tile_batch`, `cfg` and `strength` are used.
+        settings: `tile`, `overlap`, `tile_batch`, `tile_grid`, `cfg` and `strength` are used.
         size: (B, h, w) of the latents.
+        sigma_of: noise level of a timestep; moving tiles follow it.
+        seeds: of the images; moving tiles follow them. Default to 0.
         device: where to compute.
         dtype: dtype of the U-Net.
         condition_budget: bytes of embedded conditions that may be kept across calls.
@@ -56,6 +59,8 @@ class TiledDenoiser:
         settings: RestoreSettings,
         size: tuple[int, int, int],
         *,
+        sigma_of: Callable[[Tensor], float],
+        seeds: Sequence[int] | None = None,
         device: torch.device,
         dtype: torch.dtype,
         condition_budget: int,
@@ -69,11 +74,17 @@ class TiledDenoiser:
             raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
         self.unet, self.features, self.device, self.dtype = unet, features, device, dtype
         self.cfg, self.tile_batch, self.progress = settings.cfg, settings.tile_batch, progress
+        self.tile_size = settings.tile
         self.text = text.rows(batch, settings.cfg > 1, device, dtype)
-        self.grid = TileGrid(height, width, settings.tile, settings.overlap)
+        # One for each image: its tiles, like its noise, follow its own seed, whatever else is in the batch.
+        self.grids = [
+            TileGrids(height, width, settings.tile, settings.overlap, settings.tile_grid, seed)
+            for seed in seeds or [0] * batch
+        ]
+        self.sigma_of = sigma_of
         self.hook = AlignmentHook(alignment, settings.strength)
         self.embedder = ConditionEmbedder(alignment, condition_budget)
-        self._done, self._total = 0, predictions * -(-batch * len(self.grid) // self.tile_batch)
+        self._done, self._total = 0, predictions * -(-batch * len(self.grids[0]) // self.tile_batch)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise.
@@ -85,12 +96,15 @@ class TiledDenoiser:
         Returns:
             (B, 4, h, w), float32.
         """
-        places = [(image, tile) for tile in self.grid.tiles for image in range(x.shape[0])]
+        sigma = self.sigma_of(t)
+        grids = [grid.at(sigma) for grid in self.grids]
+        self.embedder.keep_for(tuple(grid.starts for grid in grids), self.device)
+        places = [(image, grid.tiles[i]) for i in range(len(grids[0])) for image, grid in enumerate(grids)]
         merged = torch.zeros_like(x, dtype=torch.float32)
         for first in range(0, len(places), self.tile_batch):
             group = places[first : first + self.tile_batch]
             for (image, tile), prediction in zip(group, self._predict(x, t, group), strict=True):
-                self.grid.merge(merged[image], tile, prediction)
+                grids[image].merge(merged[image], tile, prediction)
             self._done += 1
             if self.progress is not None:
                 self.progress(self._done, self._total)
@@ -104,10 +118,8 @@ class TiledDenoiser:
         embeds, pooled = self.text.guided_rows([image for image, _ in group])
         copies = len(embeds) // len(group)
         latents = torch.cat([tile.crop(x[image : image + 1]) for image, tile in group])
-        ids = [
-            tile_time_ids(self.grid.height, self.grid.width, tile.top, tile.left, self.grid.tile_pixels)
-            for _, tile in group
-        ]
+        height, width = x.shape[-2:]
+        ids = [tile_time_ids(height, width, tile.top, tile.left, self.tile_size) for _, tile in group]
         prediction: Tensor = self.unet(
             latents.to(self.dtype).repeat(copies, 1, 1, 1),
             t,

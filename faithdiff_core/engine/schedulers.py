@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -112,6 +113,21 @@ def initial_latent(scheduler: Any, start: StartPoint | str, noise: Tensor, lq_la
     # How the scheduler scales the U-Net's input tells its space. The loop's first call is the same one.
     scale = float(scheduler.scale_model_input(torch.ones(1), first))
     return x if scale != 1.0 else x / (sigma**2 + 1) ** 0.5
+
+
+def noise_level(scheduler: Any, t: Tensor) -> float:
+    """The noise level sigma of a timestep, interpolated between those of the training timesteps.
+
+    Args:
+        scheduler: any diffusers scheduler for SDXL.
+        t: timestep, whole or not; values past the table count as its last entry.
+    """
+    abar = scheduler.alphas_cumprod
+    at = min(max(float(t), 0.0), len(abar) - 1.0)
+    below = math.floor(at)
+    ends = [float(abar[i]) for i in (below, min(below + 1, len(abar) - 1))]
+    low, high = (0.5 * math.log((1 - value) / value) for value in ends)
+    return math.exp(low + (at - below) * (high - low))
 
 
 def run_scheduler(scheduler: Any, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, **extra: Any) -> Tensor:

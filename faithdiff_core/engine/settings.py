@@ -16,6 +16,7 @@ from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
 from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
 from ..sdxl import TRAIN_STEPS
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
+from ..tiling.moving import MOVING_OVERLAP, TileGridKind
 from .description import choice, described, factor, overlap_fraction, plain, real, tile_side, whole
 
 DEFAULT_SCALE = 2.0
@@ -46,6 +47,8 @@ class RestoreSettings:
         tile_batch: tiles in one U-Net call, those of several images counted together. More is faster where
             there is memory, and changes no result. In nodes, 0 stands for as many as fit.
         encoder_tile, encoder_overlap: the same for the LQ encoder's tiles; None encodes in one piece.
+        tile_grid: `fixed` as published, or `moving`: the sampler's tiles lie at other places in every step, and an
+            overlap of 0.125 suffices.
         vae_tile: tile side of the VAE in pixels; images no larger, and all with None, go through in one piece.
         strength: factor on what the LQ image adds to the U-Net; 0 is the U-Net alone.
         passes: the enlargement is made in this many equal parts, each a whole restoration (4x = 2x, then 2x).
@@ -76,6 +79,11 @@ class RestoreSettings:
         1.0, "how strongly the image acts, 0 is off", minimum=0.0, group="method", host_range=(0.0, 10.0)
     )
     passes: int = whole(1, "reach the size in N equal steps", group="method")
+    tile_grid: TileGridKind | str = choice(  # noqa: RUF009
+        TileGridKind.FIXED,
+        f"moving: tiles move from step to step, and --overlap {MOVING_OVERLAP:g} suffices, for half the time",
+        group="tiles",
+    )
 
     def __post_init__(self) -> None:
         for name, what in described(self).items():

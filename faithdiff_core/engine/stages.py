@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
 from .denoiser import TiledDenoiser
 from .latents import decode_latent, encode_latent
 from .loading import Offload
-from .schedulers import fresh_scheduler, initial_latent, run_scheduler
+from .schedulers import fresh_scheduler, initial_latent, noise_level, run_scheduler
 from .settings import RestoreSettings
 from .text import TextConditioning
 
@@ -154,7 +155,7 @@ class Stages:
             noise: standard normal, (B, 4, h, w).
             settings: how to sample. Defaults to the published settings.
             lq_latent: from `encode_latent`, for the start `lr`.
-            generators: one for each image, for schedulers that add noise on the way.
+            generators: one for each image, for schedulers that add noise on the way; moving tiles follow their seeds.
             progress: called after each U-Net call.
             **overrides: single settings by name, which replace those of `settings`.
 
@@ -168,7 +169,8 @@ class Stages:
         """
         settings = (settings or RestoreSettings()).changed(**overrides)
         batch, _, height, width = noise.shape
-        scheduler = fresh_scheduler(self.sdxl.scheduler, [g.initial_seed() for g in generators] if generators else None)
+        seeds = [generator.initial_seed() for generator in generators] if generators else None
+        scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
         scheduler.set_timesteps(settings.steps, device=self.device)
         dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
         denoiser = TiledDenoiser(
@@ -178,6 +180,8 @@ class Stages:
             text,
             settings,
             (batch, height, width),
+            sigma_of=partial(noise_level, scheduler),
+            seeds=seeds,
             device=self.device,
             dtype=dtype,
             condition_budget=self.condition_budget,

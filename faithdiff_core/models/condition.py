@@ -71,6 +71,7 @@ class ConditionEmbedder:
         self.alignment = alignment
         self._budget = budget
         self._caches: dict[torch.device, ConditionCache] = {}
+        self._grids: dict[torch.device, Hashable] = {}
 
     def __call__(
         self, features: Tensor, places: Sequence[tuple[int, Tile]], device: torch.device, dtype: torch.dtype
@@ -102,6 +103,18 @@ class ConditionEmbedder:
         conditions = [embedded(image, tile) for image, tile in places]
         return conditions[0] if len(conditions) == 1 else torch.cat(conditions)
 
+    def keep_for(self, grid: Hashable, device: torch.device) -> None:
+        """Forget a device's conditions if the tiles have moved: those of another grid would fill the budget unused.
+
+        Args:
+            grid: where the tiles of the coming calls lie.
+            device: of the coming calls.
+        """
+        if self._grids.get(device) != grid:
+            self._caches.pop(device, None)
+            self._grids[device] = grid
+
     def clear(self) -> None:
         """Forget all conditions, on all devices."""
         self._caches.clear()
+        self._grids.clear()

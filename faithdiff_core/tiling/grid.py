@@ -162,6 +162,11 @@ class TileGrid:
         """All tiles, row by row."""
         return tuple(Tile(top, left, self.tile_height, self.tile_width) for top in self.rows for left in self.columns)
 
+    @property
+    def starts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """First positions of the tiles along the rows and the columns."""
+        return tuple(self.rows), tuple(self.columns)
+
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 

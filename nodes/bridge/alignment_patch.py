@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ...faithdiff_core.models.alignment import Alignment
+    from ...faithdiff_core.tiling.grid import TileGrid
 
 CACHE_SHARE = 0.05
 """Part of a device's memory that embedded conditions may take. Embedding again costs a percent of a U-Net call, so a
@@ -61,6 +62,10 @@ class AlignmentPatch:
     def cleanup(self) -> None:
         """For ComfyUI, at the end of a sampling run: forget the embedded conditions."""
         self._embedder.clear()
+
+    def keep_for(self, grid: TileGrid, device: torch.device) -> None:
+        """Forget a device's conditions if the tiles have moved."""
+        self._embedder.keep_for(grid.starts, device)
 
     def __call__(self, h: Tensor, options: dict[str, Any]) -> Tensor:
         """Called after every input block with its output, (rows, channels, height, width).

@@ -68,7 +68,7 @@ def restore(
     if len(sigmas) < 2:  # denoise 0: nothing is to be changed
         return latent
     tiled_model = tiled(model, tiling)
-    progress = TileProgress(len(sigmas) - 1, len(tiling.grid(*lq_features.size)))
+    progress = TileProgress(len(sigmas) - 1, len(tiling.grids(*lq_features.size)))
     set_up_run(tiled_model, progress=progress)
     condition = LQCondition(lq_features, strength)
     guider = comfy.samplers.CFGGuider(tiled_model)

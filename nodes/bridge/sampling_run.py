@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from ...faithdiff_core.errors import SettingsError
-from ...faithdiff_core.tiling.grid import Tile, TileGrid, check_overlap, check_tile_size
+from ...faithdiff_core.tiling.grid import Tile, check_overlap, check_tile_size
+from ...faithdiff_core.tiling.moving import TileGridKind, TileGrids
 from .control_hints import ControlHints
 from .graph_types import LQFeatures
 from .step_progress import TileProgress
@@ -28,11 +29,13 @@ class Tiling:
         tile_size: tile side in pixels, a multiple of 8 from 64.
         overlap: real overlap, 0 to 0.9.
         tile_batch: tiles in one U-Net call; 0 for as many as fit.
+        tile_grid: `fixed` or `moving`.
     """
 
     tile_size: int
     overlap: float
     tile_batch: int = 0
+    tile_grid: TileGridKind | str = TileGridKind.FIXED
 
     def __post_init__(self) -> None:
         check_tile_size(self.tile_size)
@@ -40,9 +43,9 @@ class Tiling:
         if self.tile_batch < 0:
             raise SettingsError(f"tile_batch must be 0 (as many as fit) or more, got {self.tile_batch}.")
 
-    def grid(self, height: int, width: int) -> TileGrid:
-        """The tiles of a latent of this size."""
-        return TileGrid(height, width, self.tile_size, self.overlap)
+    def grids(self, height: int, width: int, seed: int = 0) -> TileGrids:
+        """The tiles of a latent of this size at each noise level of a run."""
+        return TileGrids(height, width, self.tile_size, self.overlap, self.tile_grid, seed)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class SamplingRun:
     Attributes:
         tiling: how to cut the latent; None samples it whole.
         progress: of the node that samples, if it shows tiles.
+        seed: of the sampler; moving tiles follow it.
         hints: of the ControlNets, made during the run.
         conditions: of the coming U-Net call, by the conditioning's uuid; one that is missing is left alone.
         copies_equal: whether all rows of one image and tile are equal before the alignment, whatever their
@@ -78,13 +82,14 @@ class SamplingRun:
 
     tiling: Tiling | None = None
     progress: TileProgress | None = None
+    seed: int = 0
     hints: ControlHints = field(default_factory=ControlHints)
     conditions: Mapping[UUID, CallCondition] = field(default_factory=dict)
     copies_equal: bool = True
 
-    def started(self) -> SamplingRun:
+    def started(self, seed: int) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
-        return SamplingRun(self.tiling, self.progress)
+        return SamplingRun(self.tiling, self.progress, seed)
 
     def calling(self, conditions: Mapping[UUID, CallCondition], copies_equal: bool) -> SamplingRun:
         """The same with the conditions of the coming U-Net call."""

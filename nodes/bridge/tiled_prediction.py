@@ -67,9 +67,9 @@ def prepare_sampling(executor: Executor, model: ModelPatcher, noise_shape: Seque
     tiling = run_of(model.model_options["transformer_options"]).tiling
     if tiling is not None and len(noise_shape) == 4:
         batch, channels, height, width = noise_shape
-        grid = tiling.grid(height, width)
-        tiles = min(max(tiling.tile_batch, 1), len(grid))
-        noise_shape = [batch * tiles, channels, grid.tile_height, grid.tile_width]
+        grids = tiling.grids(height, width)
+        tiles = min(max(tiling.tile_batch, 1), len(grids))
+        noise_shape = [batch * tiles, channels, grids.tile_height, grids.tile_width]
     return executor(model, noise_shape, *args, **kw)
 
 
@@ -79,7 +79,7 @@ def sampler_sample(
     """Wrapper around a sampler: give the run a `SamplingRun` of its own."""
     model_options = extra_args["model_options"]
     run = run_of(model_options.get("transformer_options", {}))
-    extra_args = {**extra_args, "model_options": with_run(model_options, run.started())}
+    extra_args = {**extra_args, "model_options": with_run(model_options, run.started(extra_args.get("seed") or 0))}
     return executor(guider, sigmas, extra_args, *args, **kw)
 
 
@@ -91,7 +91,8 @@ def calc_cond_batch(
     Returns:
         One prediction for each entry of `conds`, of x_in's shape.
     """
-    run = run_of(model_options.get("transformer_options", {}))
+    options = model_options.get("transformer_options", {})
+    run = run_of(options)
     active = _active_conditions(model, conds, timestep)
     if run.tiling is None and not active:
         return executor(model, conds, x_in, timestep, model_options)
@@ -109,7 +110,10 @@ def calc_cond_batch(
         call = run.calling(_call_conditions(active, conds, (Tile(0, 0, height, width),)), copies_equal)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
-    grid = run.tiling.grid(height, width)
+    grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
+    patch = patch_among(options)
+    if patch is not None:
+        patch.keep_for(grid, x_in.device)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
     done = 0

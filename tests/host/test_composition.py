@@ -21,8 +21,10 @@ from torch import Tensor
 
 from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 from faithdiff_core.tiling.grid import Tile, TileGrid
+from faithdiff_core.tiling.moving import TileGrids
 
 HEIGHT, WIDTH, TILE, OVERLAP = 104, 152, 64, 0.5
+OVERLAPS = {"fixed": OVERLAP, "moving": 0.125}
 SIGMAS = torch.tensor([2.0, 0.0])
 TOLERANCE = 1e-5
 
@@ -30,6 +32,19 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def setup(host: Host) -> Setup:
     return load(host)
+
+
+@pytest.fixture(params=list(OVERLAPS))
+def grid(request: pytest.FixtureRequest) -> TileGrid:
+    """The tiles of the only step, of a fixed and of a moving grid."""
+    kind = request.param
+    return TileGrids(HEIGHT // 8, WIDTH // 8, TILE, OVERLAPS[kind], kind, 0).at(float(SIGMAS[0]))
+
+
+def tiled_model(setup: Setup, model: Any, grid: TileGrid, tile_batch: int = 3) -> Any:
+    """A MODEL that samples in these tiles."""
+    kind = next(kind for kind, overlap in OVERLAPS.items() if overlap == grid.overlap)
+    return setup.tiled(model, TILE, grid.overlap, tile_batch, tile_grid=kind)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +81,7 @@ def sample(
 
 def compare(
     setup: Setup,
+    grid: TileGrid,
     conds: ForTile,
     *,
     model: Any = None,
@@ -86,10 +102,9 @@ def compare(
             out["noise_mask"] = noise_mask if tile is None else tile.crop(noise_mask)
         return out
 
-    tiled = sample(setup, setup.tiled(model, TILE, OVERLAP, tile_batch), conds(None), noise, latent(None), guider)
+    tiled = sample(setup, tiled_model(setup, model, grid, tile_batch), conds(None), noise, latent(None), guider)
     by_hand = torch.zeros_like(tiled)
-    grid = TileGrid(HEIGHT // 8, WIDTH // 8, TILE, OVERLAP)
-    assert len(grid) == 12
+    assert len(grid) == (12 if grid.overlap == OVERLAP else 9)
     for tile in grid.tiles:
         result = sample(setup, model, conds(tile), tile.crop(noise), latent(tile), guider)
         tile.crop(by_hand).add_(result * grid.weights(tile))
@@ -118,11 +133,11 @@ def sized(conditioning: Any, tile: Tile) -> Any:
     return [[entry[0], {**entry[1], **sizes}] for entry in conditioning]
 
 
-def test_tiles(setup: Setup, features: Any) -> None:
-    assert compare(setup, lambda tile: tile_conds(setup, features, tile)) < TOLERANCE
+def test_tiles(setup: Setup, features: Any, grid: TileGrid) -> None:
+    assert compare(setup, grid, lambda tile: tile_conds(setup, features, tile)) < TOLERANCE
 
 
-def test_cfg_1(setup: Setup, features: Any) -> None:
+def test_cfg_1(setup: Setup, features: Any, grid: TileGrid) -> None:
     """One row: the negative prompt is left out."""
 
     def guider(model: Any, positive: Any, negative: Any) -> Any:
@@ -132,7 +147,7 @@ def test_cfg_1(setup: Setup, features: Any) -> None:
         return setup.host.call("BasicGuider", model=model, conditioning=positive)[0]
 
     conds = lambda tile: tile_conds(setup, features, tile)  # noqa: E731
-    assert compare(setup, conds, guider=guider) < TOLERANCE
+    assert compare(setup, grid, conds, guider=guider) < TOLERANCE
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
     one, other = (sample(setup, setup.model, conds(None), noise, latent, g) for g in (guider, positive_only))
@@ -199,7 +214,7 @@ def test_adapter_file_leaves_the_unet_alone(host: Host, setup: Setup, features: 
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> None:
+def test_controlnet(host: Host, setup: Setup, features: Any, grid: TileGrid, chained: bool) -> None:
     """Every tile gets its part of the hint. The hint is smaller than the image and of another shape."""
     hints = [images(HEIGHT, WIDTH, seed=20 + i) for i in range(2 if chained else 1)]
     controls = [host.call("TestControlNet", seed=i)[0] for i in range(len(hints))]
@@ -220,7 +235,7 @@ def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> N
             )
         return positive, negative
 
-    assert compare(setup, conds) < TOLERANCE
+    assert compare(setup, grid, conds) < TOLERANCE
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
     with_control = sample(setup, setup.model, conds(None), noise, latent, None)
@@ -228,7 +243,7 @@ def test_controlnet(host: Host, setup: Setup, features: Any, chained: bool) -> N
     assert relative(with_control, without) > 0.001
 
 
-def test_controlnet_hint_of_another_size(host: Host, setup: Setup, features: Any) -> None:
+def test_controlnet_hint_of_another_size(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
     """A hint of half the size is enlarged as a whole before it is cut, so tiles see what an untiled call would see."""
     half = images(HEIGHT // 2, WIDTH // 2, seed=22)
     enlarged = torch.nn.functional.interpolate(half.movedim(-1, 1), (HEIGHT, WIDTH), mode="nearest-exact").movedim(
@@ -249,14 +264,14 @@ def test_controlnet_hint_of_another_size(host: Host, setup: Setup, features: Any
             start_percent=0.0,
             end_percent=1.0,
         )
-        model = setup.tiled(setup.model, TILE, OVERLAP)
+        model = tiled_model(setup, setup.model, grid, 0)
         return sample(setup, model, (positive, negative), noise, {"samples": torch.zeros_like(noise)}, None)
 
     assert relative(run(half), run(enlarged)) < TOLERANCE
     assert control.cond_hint_original is None  # nothing of the run stays on the control
 
 
-def test_mask(host: Host, setup: Setup, features: Any) -> None:
+def test_mask(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
     """Two prompts, each with half of a soft mask."""
     mask = torch.linspace(0, 1, WIDTH // 8).expand(1, HEIGHT // 8, -1) ** 2
 
@@ -270,14 +285,16 @@ def test_mask(host: Host, setup: Setup, features: Any) -> None:
         ]
         return host.call("ConditioningCombine", conditioning_1=parts[0], conditioning_2=parts[1])[0], negative
 
-    assert compare(setup, conds) < TOLERANCE
+    assert compare(setup, grid, conds) < TOLERANCE
 
 
-def test_noise_mask(setup: Setup, features: Any) -> None:
+def test_noise_mask(setup: Setup, features: Any, grid: TileGrid) -> None:
     """Inpainting: what the mask leaves out comes back unchanged."""
     mask = (torch.rand(1, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(3)) > 0.5).float()
     start = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=6) / VAE_SCALING_FACTOR
-    assert compare(setup, lambda tile: tile_conds(setup, features, tile), noise_mask=mask, start=start) < TOLERANCE
+    assert (
+        compare(setup, grid, lambda tile: tile_conds(setup, features, tile), noise_mask=mask, start=start) < TOLERANCE
+    )
     restored = setup.restore(
         features, start_point="lr", tile_size=TILE, latent_image={"samples": start, "noise_mask": mask}, steps=2
     )
@@ -286,7 +303,7 @@ def test_noise_mask(setup: Setup, features: Any) -> None:
     assert relative(restored[~kept], start[~kept]) > 0.01
 
 
-def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
+def test_two_regions(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
     """Areas, which cross tiles: in a tile each is what of it lies there.
 
     The host softens an area's border only inside an image, so by hand the weights of the whole image are used: every
@@ -316,7 +333,7 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
     combined = host.call("ConditioningCombine", conditioning_1=positives[0], conditioning_2=positives[1])[0]
     negative = area_conds(0, None)[1]
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=5)
-    model = setup.tiled(setup.model, TILE, OVERLAP, 4)
+    model = tiled_model(setup, setup.model, grid, 4)
     tiled = sample(
         setup,
         model,
@@ -327,7 +344,6 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
     )
 
     by_hand = torch.zeros_like(tiled)
-    grid = TileGrid(HEIGHT // 8, WIDTH // 8, TILE, OVERLAP)
     for tile in grid.tiles:
         total, weight = torch.zeros(1, 4, tile.height, tile.width), torch.zeros(1, 4, tile.height, tile.width)
         for which, (_, width, _, left) in enumerate(areas):
@@ -357,7 +373,7 @@ def test_two_regions(host: Host, setup: Setup, features: Any) -> None:
     assert relative(tiled, by_hand) < TOLERANCE
 
 
-def test_perp_neg(host: Host, setup: Setup, features: Any) -> None:
+def test_perp_neg(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
     """Perpendicular guidance looks at the whole latent, so by hand it is computed from three merged predictions.
 
     The empty prompt passes through no FaithDiffConditioning; it is about the same image as the others all the same.
@@ -366,7 +382,7 @@ def test_perp_neg(host: Host, setup: Setup, features: Any) -> None:
     positive, negative = setup.conditioned(features)
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
-    model = setup.tiled(setup.model, TILE, OVERLAP, 3)
+    model = tiled_model(setup, setup.model, grid)
     cfg, neg_scale = 4.0, 0.7
 
     def perp_neg(m: Any, p: Any, n: Any) -> Any:
@@ -385,9 +401,9 @@ def test_perp_neg(host: Host, setup: Setup, features: Any) -> None:
     assert relative(result, nothing + cfg * (pos - neg_scale * perpendicular)) < TOLERANCE
 
 
-def test_perturbed_attention(host: Host, setup: Setup, features: Any) -> None:
+def test_perturbed_attention(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
     model = host.call("PerturbedAttentionGuidance", model=setup.model, scale=3.0)[0]
-    assert compare(setup, lambda tile: tile_conds(setup, features, tile), model=model) < TOLERANCE
+    assert compare(setup, grid, lambda tile: tile_conds(setup, features, tile), model=model) < TOLERANCE
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
     conds = tile_conds(setup, features, None)

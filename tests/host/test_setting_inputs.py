@@ -18,7 +18,12 @@ INPUTS = {
     "FaithDiffPrepareImage": {"scale_by": "scale"},
     "FaithDiffLQEncode": {"tile_size": "encoder_tile", "overlap": "encoder_overlap"},
     "FaithDiffConditioning": {"strength": "strength"},
-    "FaithDiffTiledDiffusion": {"tile_size": "tile", "overlap": "overlap", "tile_batch": "tile_batch"},
+    "FaithDiffTiledDiffusion": {
+        "tile_size": "tile",
+        "overlap": "overlap",
+        "tile_batch": "tile_batch",
+        "tile_grid": "tile_grid",
+    },
     "FaithDiffSampler": {
         "steps": "steps",
         "cfg": "cfg",
@@ -27,6 +32,7 @@ INPUTS = {
         "overlap": "overlap",
         "tile_batch": "tile_batch",
         "strength": "strength",
+        "tile_grid": "tile_grid",
     },
     "FaithDiffTiledVAEDecode": {"tile_size": "vae_tile", "overlap": "encoder_overlap"},
     "FaithDiffFinishImage": {"color_fix": "color_fix"},

@@ -59,10 +59,10 @@ class Setup:
             "FaithDiffConditioning", positive=self.positive, negative=self.negative, lq_features=features, **settings
         )
 
-    def tiled(self, model: Any, tile: int, overlap: float = 0.5, batch: int = 0) -> Any:
+    def tiled(self, model: Any, tile: int, overlap: float = 0.5, batch: int = 0, **more: Any) -> Any:
         """A MODEL that samples in tiles."""
         return self.host.call(
-            "FaithDiffTiledDiffusion", model=model, tile_size=tile, overlap=overlap, tile_batch=batch
+            "FaithDiffTiledDiffusion", model=model, tile_size=tile, overlap=overlap, tile_batch=batch, **more
         )[0]
 
     def restore(self, features: Any, **kw: Any) -> Tensor:
