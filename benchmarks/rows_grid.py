@@ -160,10 +160,10 @@ def timing(settings: Settings, pipeline: Any) -> Result:
 def rows(settings: Settings) -> Iterator[Result]:
     """All grids with two tile sizes and three samplers; a quick run takes two photographs and the suggested grid."""
     pipeline = _demo().load_pipeline()
+    yield timing(settings, pipeline)
     for tile in TILES:
         for sampler in SAMPLERS:
             if not settings.quick:
                 yield from quality(settings, pipeline, tile, sampler, GRIDS)
             elif tile == TILES[0] or sampler == SAMPLERS[0]:
                 yield from quality(settings, pipeline, tile, sampler, (PUBLISHED, SUGGESTED))
-    yield timing(settings, pipeline)
