@@ -15,7 +15,7 @@ from PIL import Image
 
 from faithdiff_core.engine import make_scheduler
 from faithdiff_core.evaluation.metrics import psnr
-from faithdiff_core.sampling.schedule import sampling_sigmas
+from faithdiff_core.sampling.schedule import DEFAULT_STEPS, sampling_sigmas
 from faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from faithdiff_core.tiling.moving import TileGrids
 
@@ -138,7 +138,7 @@ def timing(settings: Settings, pipeline: Any) -> Result:
     pipeline.sdxl.scheduler = make_scheduler()
     (photograph,) = demo.held_out(demo.HELD_OUT[:1])
     low = photograph.low.resize((LARGE // 2, LARGE // 2))
-    steps = 1 if settings.quick else 4
+    steps = 2 if settings.quick else DEFAULT_STEPS
 
     def restoration(grid: Grid) -> Any:
         changes = {"tile": 128, "overlap": grid.overlap, "tile_grid": grid.kind, "tile_batch": 1}

@@ -44,7 +44,7 @@ def require_diffusers() -> None:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """A device; CUDA, MPS or the CPU, whichever is there first, unless told."""
+    """The given device. Defaults to CUDA, MPS or the CPU, whichever is available first."""
     if device is not None:
         return torch.device(device)
     if torch.cuda.is_available():
@@ -53,7 +53,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
 
 
 def choose_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """A dtype by itself or by name; float16 on accelerators and float32 on the CPU unless told.
+    """The given dtype, itself or by name. Defaults to float16 on accelerators and float32 on the CPU.
 
     Raises:
         SettingsError: not one of float32, bfloat16 and float16.
@@ -70,7 +70,7 @@ def check_offload(offload: str, device: torch.device) -> None:
     """Check how models are to be kept off a device while they are not at work.
 
     Raises:
-        SettingsError: an unknown way, or a device without a memory of its own.
+        SettingsError: an unknown way, or a device without separate memory.
     """
     if offload not in get_args(Offload):
         raise SettingsError(f"offload must be one of {list(get_args(Offload))}, got {offload!r}.")
@@ -93,7 +93,7 @@ def load_sdxl(
     Args:
         model: a single-file checkpoint or a folder in diffusers' format.
         config: for a single file, a folder (or hub name) in diffusers' format whose configuration and tokenizers are
-            used; `DEFAULT_CONFIG` from the hub or its cache unless told.
+            used. Defaults to `DEFAULT_CONFIG` from the hub or its cache.
         vae: another VAE, a file or a folder.
         unet_state: a U-Net in diffusers' format to take instead of the checkpoint's.
         dtype: of all models.

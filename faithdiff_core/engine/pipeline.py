@@ -45,7 +45,7 @@ class FaithDiffPipeline(Stages):
     Args:
         sdxl: diffusers' `StableDiffusionXLPipeline`.
         lq_encoder, alignment: FaithDiff's parts, from `FaithDiffWeights`.
-        device: where to compute; CUDA, MPS or the CPU, whichever is there, unless told.
+        device: where to compute. Defaults to CUDA, MPS or the CPU, whichever is available.
         offload: `none` keeps all models on the device; `model` keeps one at a time there; `sequential` one layer of
             the U-Net and the text encoders at a time (slow, smallest).
         condition_budget: bytes of embedded conditions that are kept across steps.
@@ -122,13 +122,13 @@ class FaithDiffPipeline(Stages):
             model: an SDXL checkpoint in a single file, or a folder in diffusers' format.
             faithdiff: a FaithDiff file. One with a U-Net replaces the checkpoint's; with an adapter alone, the
                 checkpoint's U-Net stays.
-            unet: FaithDiff's U-Net where it is a file of its own, as `convert` writes it.
+            unet: FaithDiff's U-Net where it is a separate file, as `convert` writes it.
             config: for a single-file checkpoint, a folder in diffusers' format to take configuration and tokenizers
-                from; the hub's SDXL unless told.
+                from. Defaults to the hub's SDXL.
             vae: another VAE, a file or a folder.
-            dtype: fp32, bf16 or fp16, by name or as torch's; fp16 on accelerators and fp32 on the CPU unless told.
+            dtype: fp32, bf16 or fp16, by name or as torch's. Defaults to fp16 on accelerators and fp32 on the CPU.
             device, offload: see the class.
-            scheduler: a name out of `SCHEDULERS` or any diffusers scheduler; the published Euler unless told. What
+            scheduler: a name out of `SCHEDULERS` or any diffusers scheduler. Defaults to the published Euler. What
                 the U-Net predicts is set in it: noise for FaithDiff's, and for the checkpoint's own what its file or
                 its folder's scheduler tells.
 
@@ -163,7 +163,7 @@ class FaithDiffPipeline(Stages):
         Args:
             path: a LoRA for SDXL in any format that diffusers reads.
             weight: its strength.
-            adapter_name: a name of its own; the file's unless told.
+            adapter_name: name of the adapter. Defaults to the file's name.
 
         Raises:
             WeightsError: the file is missing, or is no LoRA for this model.

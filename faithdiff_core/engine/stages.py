@@ -59,7 +59,7 @@ class Stages:
 
         Args:
             prompts: one for each image.
-            negative_prompts: as many; empty ones unless told.
+            negative_prompts: as many. Default to empty ones.
             guided: whether guidance needs the negative ones.
         """
         negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)

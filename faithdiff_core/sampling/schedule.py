@@ -1,4 +1,4 @@
-"""The published noise schedule, its time steps, and where sampling starts.
+"""The published noise schedule, its timesteps, and where sampling starts.
 
 Everything is in the sigma space of k-diffusion, x = z + sigma * noise, which ComfyUI's samplers and diffusers' Euler
 scheduler share.
@@ -33,7 +33,7 @@ class StartPoint(str, Enum):
 
 
 def leading_timesteps(steps: int) -> Tensor:
-    """The published time steps, from noise to image: `leading` spacing with offset 1.
+    """The published timesteps, from noise to image: `leading` spacing with offset 1.
 
     20 steps are 951, 901, ..., 1.
 
@@ -52,17 +52,17 @@ def leading_timesteps(steps: int) -> Tensor:
 
 
 def alphas_cumprod() -> Tensor:
-    """Cumulative products of 1 - beta over the training time steps, (1000,), float32 as the published code has them."""
+    """Cumulative products of 1 - beta over the training timesteps, (1000,), float32 as the published code has them."""
     betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float32) ** 2
     return torch.cumprod(1.0 - betas, dim=0)
 
 
 def sigmas_at(timesteps: Tensor, table: Tensor | None = None) -> Tensor:
-    """Noise levels at whole time steps.
+    """Noise levels at whole timesteps.
 
     Args:
         timesteps: int64, any shape; values past the table count as its last entry, as diffusers has it.
-        table: sigma of each training time step, (1000,); SDXL's unless told.
+        table: sigma of each training timestep, (1000,). Defaults to SDXL's.
     """
     if table is None:
         abar = alphas_cumprod()
@@ -75,7 +75,7 @@ def sampling_sigmas(steps: int, table: Tensor | None = None) -> Tensor:
 
     Args:
         steps: 1 to 1000.
-        table: sigma of each training time step, for a model with a schedule of its own; SDXL's unless told.
+        table: sigma of each training timestep, for a model with another schedule. Defaults to SDXL's.
 
     Raises:
         SettingsError: a number of steps out of range.

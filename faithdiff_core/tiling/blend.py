@@ -82,7 +82,7 @@ def composite_spans(length: int, tile: int, overlap: float, scale: int = VAE_SCA
     Args:
         length: the side in latent units.
         tile: tile side in pixels, a multiple of `scale`.
-        overlap: real overlap, 0 to 0.9.
+        overlap: fraction of a tile that neighbours share, 0 to 0.9.
         scale: pixels per latent unit.
 
     Returns:

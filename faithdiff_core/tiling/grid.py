@@ -21,13 +21,13 @@ MIN_TILE = 64
 """Smallest tile side in pixels: 8 latent units, of which the U-Net's lowest level sees 2."""
 
 MAX_OVERLAP = 0.9
-"""Largest real overlap; above it the number of tiles explodes and nothing is gained."""
+"""Largest overlap; above it the number of tiles explodes and nothing is gained."""
 
 TILE_SIZE = 1024
 """Tile side in pixels of the published code: the size SDXL was trained at."""
 
 TILE_OVERLAP = 0.5
-"""Real overlap of the published code."""
+"""Overlap of the published code, as a fraction of the tile."""
 
 _VARIANCE = 0.01
 """Variance of the Gaussian merge weights, in units of the squared tile side."""
@@ -49,7 +49,7 @@ def check_tile_size(tile: int, *, what: str = "tile_size") -> int:
 
 
 def check_overlap(overlap: float, *, what: str = "overlap") -> float:
-    """Check a real overlap (the part of a tile that it shares with its neighbour).
+    """Check an overlap (the fraction of a tile that it shares with its neighbour).
 
     Raises:
         SettingsError: outside 0 to 0.9.
@@ -126,7 +126,7 @@ class TileGrid:
     Args:
         height, width: the latent's size in latent units.
         tile: tile side in pixels, a multiple of 8 from 64.
-        overlap: real overlap, 0 to 0.9.
+        overlap: fraction of a tile that neighbours share, 0 to 0.9.
         rows, columns: first positions of the tiles along each side, which must cover it. Default to the published ones.
 
     Raises:

@@ -88,8 +88,8 @@ class TileGrids:
     Args:
         height, width: the latent's size in latent units.
         tile: tile side in pixels, a multiple of 8 from 64.
-        overlap: real overlap, 0 to 0.9. With `moving`, neighbours share at least this, or half of it where the
-            tiles could not move otherwise.
+        overlap: fraction of a tile that neighbours share, 0 to 0.9. With `moving` it is the smallest, or half of it
+            where the tiles could not move otherwise.
         kind: `fixed` or `moving`.
         seed: of the run; grids of another seed move differently.
 
