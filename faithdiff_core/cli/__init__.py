@@ -54,6 +54,7 @@ class Command:
 COMMANDS = {
     "restore": Command("restore images with an SDXL checkpoint and FaithDiff", "cli.restore"),
     "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.convert", "convert"),
+    "merge": Command("add what FaithDiff learned to an SDXL checkpoint of your own", "cli.merge", "merge"),
     "info": Command("say what a weights file is and what it holds", "cli.info", "info"),
     "train": Command("train FaithDiff, or a LoRA for it", "cli.train", "train", "train"),
     "caption": Command("write a caption beside each image of a folder", "cli.caption"),

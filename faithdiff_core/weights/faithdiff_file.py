@@ -22,6 +22,7 @@ from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..models.shapes import Shape
 from .checkpoint_file import open_tensors
 from .messages import REDOWNLOAD, listing
+from .sdxl_names import DIFFUSERS_PREFIXES
 from .unet_shapes import UNetConfig
 
 ENCODER_PREFIX = "denoise_encoder."
@@ -32,18 +33,6 @@ ALIGNMENT_PREFIXES = ("condition_embedding.", LAYERS_PREFIX, "spatial_ch_projs."
 
 IGNORED_PREFIXES = ("agg_net.",)
 """Left empty by the authors' training code."""
-
-UNET_PREFIXES = (
-    "conv_in.",
-    "time_embedding.",
-    "add_embedding.",
-    "down_blocks.",
-    "mid_block.",
-    "up_blocks.",
-    "conv_norm_out.",
-    "conv_out.",
-)
-"""Where a U-Net in diffusers' format keeps its tensors."""
 
 
 _NAMES = {"unet": "U-Net", "lq_encoder": "LQ encoder", "alignment": "alignment"}
@@ -237,7 +226,7 @@ def part_of(key: str) -> tuple[str, str] | None:
         return "lq_encoder", key.removeprefix(ENCODER_PREFIX)
     if key.startswith(ALIGNMENT_PREFIXES):
         return "alignment", key
-    if key.startswith(UNET_PREFIXES):
+    if key.startswith(DIFFUSERS_PREFIXES):
         return "unet", key
     return None
 
@@ -251,7 +240,7 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
             parts[place[0]][place[1]] = value
         elif not key.startswith(IGNORED_PREFIXES):
             other.append(key)
-    foreign = _foreign_kind(list(tensors), tensors)
+    foreign = foreign_kind(list(tensors), tensors)
     if foreign is not None:
         raise WeightsError(f"{path.name} is {foreign}, not a FaithDiff file. {REDOWNLOAD}")
     if not any(parts.values()):
@@ -267,7 +256,7 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
     return parts
 
 
-def _foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
+def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
     """Name well-known files that people pick by mistake."""
     if not keys:
         return "an empty file without tensors"

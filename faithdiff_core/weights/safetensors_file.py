@@ -51,6 +51,16 @@ TORCH_DTYPES = {
 }
 """The format's names of the dtypes that weights have."""
 
+ALL_TORCH_DTYPES = TORCH_DTYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The same with those that other tensors of a checkpoint have, such as positions."""
+
 
 @dataclass(frozen=True)
 class TensorEntry:

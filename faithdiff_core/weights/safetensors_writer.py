@@ -25,14 +25,14 @@ from ..dtypes import dtype_name, widened
 from ..errors import SettingsError, WeightsError
 from ..models.shapes import Shape
 from .messages import gigabytes
-from .safetensors_file import METADATA, TORCH_DTYPES
+from .safetensors_file import ALL_TORCH_DTYPES, METADATA
 
 try:
     import fcntl
 except ImportError:  # Windows, which refuses to remove a file that another process has open
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_FORMAT_NAMES = {dtype: name for name, dtype in ALL_TORCH_DTYPES.items()}
 
 _CAST_VALUES = 2**15
 """Values that are checked and cast at a time: few enough to stay in the CPU's cache from one pass to the next, and for
@@ -150,6 +150,13 @@ def write_tensor(file: BinaryIO, layout: Layout, key: str, value: Tensor, source
     file.seek(offset)
     for block in _cast_blocks(source, key, value, dtype):
         file.write(block)
+
+
+def copy_tensor(file: BinaryIO, layout: Layout, key: str, value: Tensor) -> None:
+    """Write a tensor's bytes at its place, as they are."""
+    file.seek(layout.places[key][0])
+    if value.numel():
+        file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _cast_blocks(source: str, key: str, value: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
