@@ -60,6 +60,13 @@ class FaithDiffModelLoader(io.ComfyNode):
                     "weights (most faithful), 0 leaves yours (your style; follows the image less). LoRAs keep their "
                     "full strength. No effect without `model` or with an `_adapter` file.",
                 ),
+                io.Model.Input(
+                    "base_model",
+                    optional=True,
+                    tooltip="The MODEL that FaithDiff was trained from: RealVisXL V4.0. With it, what FaithDiff "
+                    "learned is added to your own U-Net, which keeps its style: yours + unet_strength * (FaithDiff - "
+                    "base). Needs `model` and a full FaithDiff file.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The alignment-patched MODEL."),
@@ -75,6 +82,7 @@ class FaithDiffModelLoader(io.ComfyNode):
         weight_dtype: str,
         model: ModelPatcher | None = None,
         unet_strength: float = 1.0,
+        base_model: ModelPatcher | None = None,
     ) -> io.NodeOutput:
         path = faithdiff_path(faithdiff_name)
-        return io.NodeOutput(*load_faithdiff(path, weight_dtype, model, unet_strength))
+        return io.NodeOutput(*load_faithdiff(path, weight_dtype, model, unet_strength, base_model))

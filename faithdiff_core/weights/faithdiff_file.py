@@ -270,6 +270,9 @@ def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
         context = tensors.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
         if context is not None and context.shape[1] in (768, 1024):
             return "an SD 1.5 checkpoint" if context.shape[1] == 768 else "an SD 2 checkpoint"
+        if any(k.startswith("model.diffusion_model.label_emb.") for k in keys):
+            whole = any(k.startswith(("first_stage_model.", "conditioner.")) for k in keys)
+            return "an SDXL checkpoint" if whole else "an SDXL U-Net as ComfyUI saves it"
         return "a Stable Diffusion checkpoint"
     if any(k.startswith("input_blocks.") for k in keys):
         return "a U-Net in ComfyUI's own format"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,14 +117,8 @@ class Difference:
 
     def __post_init__(self) -> None:
         check_same_shapes(self.faithdiff, self.base)
-        products = [torch.zeros((), dtype=torch.float64) for _ in range(3)]
-        # A few layers tell models that were trained apart from one that was fine-tuned from the other.
-        matrices = sorted(name for name in self.base.names if len(self.base.kind(name)[1]) > 1)
-        for name in matrices[:: max(1, len(matrices) // 8)]:
-            one, other = self.faithdiff.read(name).flatten(), self.base.read(name).flatten()
-            for number, (a, b) in enumerate(((one, other), (one, one), (other, other))):
-                products[number] += torch.dot(a, b)
-        similarity = float(products[0] / (products[1] * products[2]).sqrt().clamp(min=1e-30))
+        names = sample_of({name: self.base.kind(name)[1] for name in self.base.names})
+        similarity = cosine((self.faithdiff.read(name), self.base.read(name)) for name in names)
         if similarity < LEAST_SIMILARITY:
             raise WeightsError(
                 f"{self.base.path.name} is not what {self.faithdiff.path.name} was trained from: their weights have "
@@ -135,6 +129,22 @@ class Difference:
     def read(self, name: str) -> Tensor:
         """The difference of one tensor, in float32."""
         return self.faithdiff.read(name) - self.base.read(name)
+
+
+def sample_of(shapes: Mapping[str, Shape]) -> list[str]:
+    """A few of a U-Net's matrices: enough to tell models that were trained apart from fine-tuned ones."""
+    matrices = sorted(name for name, shape in shapes.items() if len(shape) > 1)
+    return matrices[:: max(1, len(matrices) // 8)]
+
+
+def cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Cosine of the angle between two models' weights, over pairs of their tensors."""
+    products = [0.0, 0.0, 0.0]
+    for one, other in pairs:
+        a, b = one.flatten().float(), other.flatten().float()
+        for number, (left, right) in enumerate(((a, b), (a, a), (b, b))):
+            products[number] += float(torch.dot(left, right))
+    return products[0] / max(products[1] * products[2], 1e-30) ** 0.5
 
 
 def check_same_shapes(one: UNetSource, other: UNetSource) -> None:

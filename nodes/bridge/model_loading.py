@@ -22,6 +22,7 @@ from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
+from .difference_patches import add_difference
 from .graph_types import AdapterModels, LQFeatures
 from .prediction_type import check_mixable, take_published_sampling
 from .step_progress import work_progress
@@ -79,7 +80,11 @@ def _unet_model(path: Path, unet: Part[UNetConfig], weight_dtype: str, disable_d
 
 
 def load_faithdiff(
-    path: str, weight_dtype: str, base: ModelPatcher | None, unet_strength: float
+    path: str,
+    weight_dtype: str,
+    base: ModelPatcher | None,
+    unet_strength: float,
+    trained_from: ModelPatcher | None = None,
 ) -> tuple[ModelPatcher, AdapterModels]:
     """Make the alignment-patched MODEL and its FAITHDIFF.
 
@@ -87,7 +92,10 @@ def load_faithdiff(
         path: a FaithDiff file, full or adapter.
         weight_dtype: a key of `WEIGHT_DTYPES`.
         base: the user's own MODEL, or None for the file's U-Net.
-        unet_strength: how far a base's U-Net is moved to the file's: 0 not at all, 1 fully.
+        unet_strength: how far a base's U-Net is moved to the file's: 0 not at all, 1 fully; with `trained_from`, the
+            factor on the difference.
+        trained_from: the MODEL that FaithDiff was trained from. With it, what FaithDiff learned is added to the base's
+            U-Net instead.
 
     Raises:
         WeightsError: the file cannot be used, alone or with this MODEL.
@@ -99,10 +107,19 @@ def load_faithdiff(
             f"needed. Choose FaithDiff.bin, or the `_adapter` file beside it."
         )
     weights.check_finite()
+    if trained_from is not None and (base is None or weights.unet is None):
+        raise WeightsError(
+            "`base_model` works with your own MODEL at `model` and a full FaithDiff file: what FaithDiff learned is "
+            "the difference of the file's U-Net and `base_model`'s, and is added to that of `model`. Connect `model`, "
+            "or disconnect `base_model`."
+        )
     if base is not None:
         model = base.clone()
         _check_base(model, weights.path, weights.alignment.config)
-        if weights.unet is not None and unet_strength > 0.0:
+        if weights.unet is not None and trained_from is not None:
+            if unet_strength > 0.0:
+                add_difference(model, trained_from, weights.path, weights.unet, unet_strength)
+        elif weights.unet is not None and unet_strength > 0.0:
             if unet_strength < 1.0:
                 check_mixable(model, "model", "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own).")
             take_published_sampling(model)

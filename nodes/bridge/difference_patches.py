@@ -1,0 +1,74 @@
+"""FaithDiff onto a MODEL as a difference: mine + strength * (FaithDiff - base), as weight patches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_base
+import comfy.utils
+import torch
+
+from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.weights.faithdiff_file import Part
+from ...faithdiff_core.weights.merging import LEAST_SIMILARITY, cosine, sample_of
+from ...faithdiff_core.weights.unet_shapes import UNetConfig
+from .prediction_type import check_mixable
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+_PREFIX = "diffusion_model."
+
+_REMEDY = "Without `base_model`, unet_strength 1 takes FaithDiff's U-Net as it is."
+
+
+def add_difference(
+    model: ModelPatcher, base: ModelPatcher, path: Path, unet: Part[UNetConfig], strength: float
+) -> None:
+    """Add what FaithDiff learned to a MODEL's U-Net, in place.
+
+    The patches only add, so LoRAs and merges before and after them act as they do without. They refer to the base's
+    weights and to the file's mapped ones; nothing is copied.
+
+    Args:
+        model: the user's MODEL.
+        base: the MODEL that FaithDiff was trained from.
+        path: FaithDiff's file.
+        unet: its U-Net.
+        strength: factor on the difference.
+
+    Raises:
+        WeightsError: the three do not belong together.
+    """
+    for name, patcher in (("model", model), ("base_model", base)):
+        if not isinstance(patcher.model, comfy.model_base.SDXL):
+            raise WeightsError(
+                f"`{name}` is of type {type(patcher.model).__name__}, but FaithDiff works with SDXL. Connect an SDXL "
+                f"checkpoint."
+            )
+        check_mixable(patcher, name, _REMEDY)
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    base_weights = base.get_key_patches(_PREFIX)
+    own = model.model.state_dict().keys()
+    patches: dict[str, tuple[torch.Tensor]] = {}
+    for name, weight in unet.state.items():
+        key = _PREFIX + names.get(name, name)
+        for owner, keys, patcher in (("model", own, model), ("base_model", base_weights.keys(), base)):
+            if key not in keys or comfy.utils.get_attr(patcher.model, key).shape != weight.shape:
+                raise WeightsError(
+                    f"`{owner}` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no SDXL "
+                    f"model of the same build."
+                )
+        patches[key] = (weight,)
+    similarity = cosine(
+        (unet.state[name], comfy.utils.get_attr(base.model, _PREFIX + names[name]).detach().cpu())
+        for name in sample_of({name: tuple(weight.shape) for name, weight in unet.state.items()})
+    )
+    if similarity < LEAST_SIMILARITY:
+        raise WeightsError(
+            f"`base_model` is not what {path.name} was trained from: their weights have hardly anything in common "
+            f"(cosine {similarity:.2f}). The published FaithDiff was trained from RealVisXL_V4.0. {_REMEDY}"
+        )
+    model.add_patches(patches, strength_patch=strength, strength_model=1.0)
+    model.add_patches({key: base_weights[key] for key in patches}, strength_patch=-strength, strength_model=1.0)
