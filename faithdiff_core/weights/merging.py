@@ -1,8 +1,8 @@
 """FaithDiff onto another SDXL checkpoint, as a difference: merged = mine + strength * (FaithDiff - base).
 
 FaithDiff's U-Net is a fine-tuned one. What it learned is its difference to the model it was trained from; added to
-another checkpoint's U-Net, that one keeps its style. Everything goes tensor by tensor, so three models of any size
-need the memory of one tensor each.
+another checkpoint's U-Net, that one keeps its style. Everything goes tensor by tensor, so that memory does not grow
+with the models.
 """
 
 from __future__ import annotations
