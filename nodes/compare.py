@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..faithdiff_core.errors import ImageError
 from ..faithdiff_core.images.geometry import resize_lanczos
+from .bridge.checks import check_image
 from .errors import named_errors
 from .inputs import CATEGORY
 
@@ -62,7 +63,7 @@ class FaithDiffCompare(io.ComfyNode):
 
 def _matched(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     """Both as (B, H, W, 3) of the size and number of `after`."""
-    before, after = before[..., :3], after[..., :3]
+    before, after = check_image(before, "before")[..., :3], check_image(after, "after")[..., :3]
     if before.shape[0] not in (1, after.shape[0]):
         raise ImageError(
             f"there are {before.shape[0]} images before and {after.shape[0]} after; give one for each, or one for all."

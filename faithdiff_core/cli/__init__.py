@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return EXIT_FAILED
     except OSError as error:
-        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename2 or error.filename)}: "
         sys.stderr.write(f"error: {where}{error.strerror or error}\n")
         return EXIT_FAILED
     except KeyboardInterrupt:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
+import io
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import ImageError, SettingsError
-from ..training.data import list_images, open_image
-from ..training.degradation import DegradationConfig, degrade
+from ..atomic import write_atomically
+from ..cli import EXIT_FAILED
+from ..errors import SettingsError
+from ..images.formats import left_out_note
+from ..images.reading import load_image
+from ..training.degradation import DegradationConfig, degrade, to_image
 from ..training.yaml_config import build, read_yaml
+from .jobs import Job, Progress, Report, attempt, find_jobs, left_out, possible
 
 
 def add_degrade_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +40,14 @@ def add_degrade_arguments(parser: argparse.ArgumentParser) -> None:
 def run_degrade(args: argparse.Namespace) -> int:
     """Write low-quality versions of images, as PNG files under the same names.
 
-    Every image is drawn with a seed made of `--seed` and its name, so adding images changes no others.
+    Every image is drawn with a seed made of `--seed` and its name, so adding images changes no others. One that fails
+    does not stop the others.
+
+    Returns:
+        0, or 1 if an image failed.
 
     Raises:
-        FaithDiffError: bad settings or images.
+        FaithDiffError: bad settings, or results that would overwrite the originals.
     """
     from PIL import Image
 
@@ -44,23 +56,29 @@ def run_degrade(args: argparse.Namespace) -> int:
         config = dataclasses.replace(config, scale=args.scale)
     if args.seed < 0:
         raise SettingsError(f"--seed must be 0 or more, got {args.seed}.")
-    if args.input.is_dir():
-        files = list_images(args.input)
-        targets = [(args.output / f.relative_to(args.input)).with_suffix(".png") for f in files]
-        twice = sorted({str(t) for t in targets if targets.count(t) > 1})
-        if twice:
-            raise ImageError(f"Several images would be written to {', '.join(twice[:3])}; give them different names.")
-    else:
-        files, targets = [args.input], [args.output]
-        if args.output.suffix.lower() != ".png":
-            raise SettingsError(f"The output {args.output} must be a PNG file, which adds no traces of its own.")
-    for file, target in zip(files, targets, strict=True):
-        image = open_image(file)
-        rng = np.random.default_rng([args.seed, *file.stem.encode()])
-        result = degrade(image, config, rng)
+    named = not os.path.isdir(args.input) and not os.path.isdir(args.output)
+    if named and args.output.suffix.lower() != ".png":
+        raise SettingsError(f"The output {args.output} must be a PNG file, which adds no traces of its own.")
+    jobs = find_jobs([glob.escape(str(args.input))], args.output, ".png")
+    report = Report(skipped=None, verb="degraded")
+    if note := left_out_note(left_out([str(args.input)], args.output)):
+        sys.stderr.write(note + "\n")
+
+    def work(job: Job, progress: Progress) -> Sequence[str]:
+        image = load_image(job.source)
+        rng = np.random.default_rng([args.seed, *os.fsencode(job.source.stem)])
+        original = to_image(image.colors)
+        result = degrade(original, config, rng)
         if args.enlarge:
-            result = result.resize(image.size, Image.Resampling.LANCZOS)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        result.save(target)
-        sys.stdout.write(f"{target}\n")
-    return 0
+            result = result.resize(original.size, Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        result.save(buffer, "PNG")
+        write_atomically(job.target, buffer.getvalue())
+        sys.stdout.write(f"{job.target}\n")
+        return image.notes
+
+    for job in possible(jobs, report):
+        attempt(job, work, report, str(job.source), quiet=True)
+    if report.failures:
+        sys.stderr.write("\n".join(report.lines()) + "\n")
+    return EXIT_FAILED if report.failures else 0

@@ -7,8 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..atomic import write_atomically
+from ..cli import EXIT_FAILED
+from ..errors import SettingsError
 from ..evaluation.metrics import FULL_REFERENCE, NO_REFERENCE, PRESETS, metric_names
 from ..evaluation.scores import as_json, comparison, evaluate_folders, table, write_csv
+from .jobs import folder_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the table to standard output.
 
     Returns:
-        0, or 1 if none of the metrics could be had.
+        0, or 1 if none of the metrics could be had or an image could not be scored.
 
     Raises:
         FaithDiffError: bad arguments or images.
@@ -56,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         names = NO_REFERENCE if args.reference is None else FULL_REFERENCE + NO_REFERENCE
     else:
         names = [n.strip() for n in args.metrics.split(",") if n.strip()]
+    for option, path in (("--csv", args.csv), ("--json", args.json)):
+        if path is not None and (problem := folder_problem(path.parent)):
+            raise SettingsError(f"{option} {path}: {problem}")
     names = metric_names(names, args.channel)
     found = evaluate_folders(args.results, args.reference, names, args.device, args.border)
     evaluations = {str(folder): evaluation for folder, evaluation in zip(args.results, found, strict=True)}
@@ -63,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.csv is not None:
         write_csv(evaluations, args.csv)
     if args.json is not None:
-        args.json.write_text(as_json(evaluations), encoding="utf-8")
+        write_atomically(args.json, as_json(evaluations).encode())
     if not found[0].metrics:
         sys.stderr.write("error: nothing was measured: none of the metrics could be had.\n")
-        return 1
-    return 0
+        return EXIT_FAILED
+    return EXIT_FAILED if any(evaluation.failures for evaluation in found) else 0

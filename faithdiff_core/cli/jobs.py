@@ -160,7 +160,7 @@ def possible(jobs: Sequence[Job], report: Report) -> list[Job]:
     Raises:
         ImageError: none of the results' folders can be written to.
     """
-    reasons = {folder: _folder_problem(folder) for folder in {job.target.parent for job in jobs}}
+    reasons = {folder: folder_problem(folder) for folder in {job.target.parent for job in jobs}}
     if jobs and all(reasons.values()):
         raise ImageError(f"Results cannot be written: {reasons[jobs[0].target.parent]}")
     good = []
@@ -179,7 +179,7 @@ def _source_problem(source: Path) -> str:
     return "it is a link that leads to no file" if os.path.islink(source) else "there is no such file"
 
 
-def _folder_problem(folder: Path) -> str:
+def folder_problem(folder: Path) -> str:
     """Why no file can be made in a folder that may have to be made itself; empty if one can."""
     there = folder
     while not os.path.lexists(there) and there != there.parent:

@@ -146,6 +146,8 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
     """
     if args.seed < 0:
         raise SettingsError(f"--seed must be 0 or more, got {args.seed}.")
+    if args.seed >= 2**64:
+        raise SettingsError(f"--seed must be below 2^64, got {args.seed}.")
     if args.trim_captions and not args.captions:
         raise SettingsError("--trim-captions needs --captions: prompts that are typed are never trimmed.")
     for name in ("scale", "longest_side", "megapixels"):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import SettingsError, WeightsError
 from ..images.color import fix_colors
-from ..images.geometry import crop_to, pad_to_multiple, resize_lanczos
+from ..images.cutout import resize_cutout
+from ..images.geometry import crop_to, pad_to_multiple
 from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
@@ -204,6 +205,7 @@ class FaithDiffPipeline(Stages):
         negative_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         noise: Tensor | None = None,
+        alpha: Tensor | Sequence[Tensor] | None = None,
         **overrides: Any,
     ) -> Images:
         """Restore images.
@@ -219,6 +221,8 @@ class FaithDiffPipeline(Stages):
             prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds: the text as
                 embeddings, one row or one for each image, instead of the two texts.
             noise: starting noise instead of the seeds', (B, 4, h, w) of the padded result; for a tensor and one pass.
+            alpha: opacity of the images in [0, 1], (B, 1, H, W) or a list of (1, H, W). What lies under alpha 0 then
+                counts neither in resizing nor in colours; the results' own alpha is not part of what is returned.
             **overrides: single settings by name (`scale=3`, `steps=30`), which replace those of `settings`.
 
         Returns:
@@ -232,6 +236,9 @@ class FaithDiffPipeline(Stages):
         settings = (settings or RestoreSettings()).changed(**overrides)
         inputs = as_list(images)
         count = len(inputs)
+        opacities = None if alpha is None else list(alpha)
+        if opacities is not None and [x.shape[-2:] for x in opacities] != [x.shape[-2:] for x in inputs]:
+            raise SettingsError("alpha must have one row for each image, of the image's size.")
         seeds = one_seed_each(seed, count)
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
@@ -251,11 +258,13 @@ class FaithDiffPipeline(Stages):
             results: list[Tensor] = [torch.empty(0)] * count
             for group in same_size(inputs):
                 batch = torch.stack([inputs[i].to(device="cpu", dtype=torch.float32) for i in group])
+                opacity = None
+                if opacities is not None:
+                    opacity = torch.stack([opacities[i].to(device="cpu", dtype=torch.float32) for i in group])
                 generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in group]
                 for height, width in settings.sizes(*batch.shape[-2:]):
-                    batch = self._pass(
-                        resize_lanczos(batch, height, width), text.select(group), settings, noise, generators, progress
-                    )
+                    batch, opacity = resize_cutout(batch, opacity, height, width)
+                    batch = self._pass(batch, text.select(group), settings, noise, generators, progress, opacity)
                 for i, restored in zip(group, batch, strict=True):
                     results[i] = restored.to(inputs[i].device)
         finally:
@@ -270,6 +279,7 @@ class FaithDiffPipeline(Stages):
         noise: Tensor | None,
         generators: list[torch.Generator],
         progress: Progress | None,
+        alpha: Tensor | None = None,
     ) -> Tensor:
         """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
         padded = pad_to_multiple(enlarged, VAE_SCALE_FACTOR) * 2 - 1
@@ -290,4 +300,4 @@ class FaithDiffPipeline(Stages):
         )
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])
-        return fix_colors(restored, enlarged, settings.color_fix).clamp(0, 1)
+        return fix_colors(restored, enlarged, settings.color_fix, alpha).clamp(0, 1)

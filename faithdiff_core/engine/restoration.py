@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..captions.files import caption_beside
 from ..captions.trim import trim_caption
+from ..errors import ImageError
 from ..images.geometry import resize_lanczos, target_size
 from ..images.reading import load_image
 from ..images.writing import check_output, save_image
@@ -131,14 +132,23 @@ class Restoration:
         height, width = target_size(*image.size, **self.size)
         check_output(target, height, width, transparent=image.alpha is not None)
         prompt = self.prompt_for(source)
-        result = pipeline(
-            image.colors.unsqueeze(0),
-            self.settings.changed(size=(height, width)),
-            prompt=prompt,
-            negative_prompt=self.negative_prompt,
-            seed=self.seed,
-            progress=progress,
-        )
+        try:
+            result = pipeline(
+                image.colors.unsqueeze(0),
+                self.settings.changed(size=(height, width)),
+                prompt=prompt,
+                negative_prompt=self.negative_prompt,
+                seed=self.seed,
+                progress=progress,
+                alpha=None if image.alpha is None else image.alpha.unsqueeze(0),
+            )
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # GroupNorm's, of small models
+                raise
+            raise ImageError(
+                f"{source.name} would become {width} x {height} pixels, too few for this model. Choose a scale that "
+                f"gives 16 pixels or more."
+            ) from error
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
         recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..atomic import write_atomically
 from ..errors import ImageError, SettingsError
 from ..images.formats import list_folder, read_suffixes
 from ..images.reading import load_image
@@ -31,6 +33,7 @@ class Evaluation:
         missing: for each metric that could not be had, why.
         whole: for each metric of whole folders, its score.
         lower: for each metric, whether a lower score is the better one.
+        failures: for each image that could not be scored, why.
     """
 
     metrics: list[str]
@@ -38,6 +41,7 @@ class Evaluation:
     missing: dict[str, str]
     whole: dict[str, float] = field(default_factory=dict)
     lower: dict[str, bool] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def means(self) -> list[float]:
@@ -81,7 +85,7 @@ def evaluate(
         border: pixels that are cut off at each side before images are compared with references.
 
     Raises:
-        ImageError: a folder is empty, a reference is missing or has another size, or an image cannot be read.
+        ImageError: a folder is empty, a reference is missing, or no image can be scored.
         SettingsError: an unknown metric, or one that needs a reference without one.
     """
     return evaluate_folders([results], reference, names, device, border)[0]
@@ -104,8 +108,17 @@ def evaluate_folders(
         for name, metric in metrics.items():
             if metric.score_folders is not None:
                 whole[name] = _score_folders(metric, folder, reference)
-        scores = {name: _scores(metrics.values(), *files, border) for name, files in pairs.items()}
-        made.append(Evaluation(list(metrics), scores, missing, whole, lower_is_better(metrics)))
+        scores: dict[str, list[float]] = {}
+        failures: dict[str, str] = {}
+        for name, files in pairs.items():
+            try:
+                scores[name] = _scores(metrics.values(), *files, border)
+            # Metrics are other packages' and raise whatever they like; the other images are still to be scored.
+            except Exception as error:
+                failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if failures and not scores:
+            raise ImageError(f"No image of {folder} can be scored. {next(iter(failures.values()))}")
+        made.append(Evaluation(list(metrics), scores, missing, whole, lower_is_better(metrics), failures))
     return made
 
 
@@ -196,11 +209,15 @@ def comparison(evaluations: dict[str, Evaluation]) -> str:
             place = ranked.index(mean) if len(ranked) > 1 else -1
             cells.append({0: f"**{cell}**", 1: f"<u>{cell}</u>"}.get(place, cell))
         lines.append(f"| {metric} {'↓' if lower else '↑'} | " + " | ".join(cells) + " |")
-    return "\n".join(lines + _missing(first)) + "\n"
+    lines += _missing(first)
+    for folder, other in list(evaluations.items())[1:]:
+        lines += [f"failed: {folder}: {name}: {reason}" for name, reason in other.failures.items()]
+    return "\n".join(lines) + "\n"
 
 
 def _missing(evaluation: Evaluation) -> list[str]:
-    return [f"missing: {name}: {reason}" for name, reason in evaluation.missing.items()]
+    missing = [f"missing: {name}: {reason}" for name, reason in evaluation.missing.items()]
+    return missing + [f"failed: {name}: {reason}" for name, reason in evaluation.failures.items()]
 
 
 def _number(score: float) -> str:
@@ -218,13 +235,14 @@ def write_csv(evaluations: dict[str, Evaluation], path: Path) -> None:
     """
     several = len(evaluations) > 1
     first = next(iter(evaluations.values()))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*(["results"] if several else []), "image", *first.metrics, *first.missing])
-        for folder, evaluation in evaluations.items():
-            for name, scores in [*evaluation.scores.items(), ("mean", evaluation.means)]:
-                cells = ["" if math.isnan(score) else f"{score:.6f}" for score in scores]
-                writer.writerow([*([folder] if several else []), name, *cells, *[""] * len(evaluation.missing)])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*(["results"] if several else []), "image", *first.metrics, *first.missing])
+    for folder, evaluation in evaluations.items():
+        for name, scores in [*evaluation.scores.items(), ("mean", evaluation.means)]:
+            cells = ["" if math.isnan(score) else f"{score:.6f}" for score in scores]
+            writer.writerow([*([folder] if several else []), name, *cells, *[""] * len(evaluation.missing)])
+    write_atomically(path, text.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def as_json(evaluations: dict[str, Evaluation]) -> str:
@@ -243,6 +261,7 @@ def as_json(evaluations: dict[str, Evaluation]) -> str:
             },
             "lower_is_better": e.lower,
             "missing": e.missing,
+            "failures": e.failures,
         }
         for folder, e in evaluations.items()
     }

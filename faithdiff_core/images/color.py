@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SettingsError
+from .cutout import has_transparency
 
 ADAIN_EPS = 1e-5
 """Added to the variance before its root is taken."""
@@ -30,22 +31,30 @@ class ColorFix(str, Enum):
     """As the model made them."""
 
 
-def adain(content: Tensor, style: Tensor) -> Tensor:
+def adain(content: Tensor, style: Tensor, weight: Tensor | None = None) -> Tensor:
     """Match each channel's mean and standard deviation.
 
     Args:
         content: the restored images, (B, C, H, W), any range.
         style: the low-quality images, (B or 1, C, H', W').
+        weight: how much each pixel counts, such as its opacity, (B or 1, 1, H, W), for images of one size. Defaults to
+            all alike.
 
     Returns:
         (B, C, H, W), not clamped.
     """
-    content_mean, content_std = _mean_std(content)
-    style_mean, style_std = _mean_std(style)
+    content_mean, content_std = _mean_std(content, weight)
+    style_mean, style_std = _mean_std(style, weight)
     return (content - content_mean) * (style_std / content_std) + style_mean
 
 
-def _mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_std(x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if weight is not None:
+        total = weight.sum(dim=(-2, -1), keepdim=True)
+        mean = (x * weight).sum(dim=(-2, -1), keepdim=True) / total
+        squares = (weight * (x - mean).square()).sum(dim=(-2, -1), keepdim=True)
+        variance = squares / torch.where(total > 1, total - 1, total)
+        return mean, (variance + ADAIN_EPS).sqrt()
     # One pixel has no unbiased variance: torch would give NaN.
     correction = 1 if x.shape[-2] * x.shape[-1] > 1 else 0
     variance, mean = torch.var_mean(x, dim=(-2, -1), keepdim=True, correction=correction)
@@ -94,13 +103,17 @@ def wavelet(content: Tensor, style: Tensor, levels: int = WAVELET_LEVELS) -> Ten
     return content - low_frequencies(content, levels) + low_frequencies(style, levels)
 
 
-def fix_colors(content: Tensor, style: Tensor, method: ColorFix | str = ColorFix.ADAIN) -> Tensor:
+def fix_colors(
+    content: Tensor, style: Tensor, method: ColorFix | str = ColorFix.ADAIN, alpha: Tensor | None = None
+) -> Tensor:
     """Correct the colours of restored images, one by one so that memory does not grow with the batch.
 
     Args:
         content: the restored images, (B, C, H, W), any range and device.
         style: the enlarged low-quality images in the same range, (B or 1, C, H, W).
         method: `adain`, `wavelet` or `none`.
+        alpha: opacity in [0, 1], (B or 1, 1, H, W): what is transparent counts for nothing in `adain`. `wavelet` works
+            place by place and needs colours that go on under it, as `resize_cutout` makes them.
 
     Returns:
         (B, C, H, W), not clamped.
@@ -119,9 +132,14 @@ def fix_colors(content: Tensor, style: Tensor, method: ColorFix | str = ColorFix
             f"colour correction: expected low-quality images for {content.shape[0]} result(s) of {content.shape[1]} "
             f"channels, got shape {tuple(style.shape)}."
         )
-    function = adain if method is ColorFix.ADAIN else wavelet
     out = torch.empty_like(content)
     for i in range(content.shape[0]):
         j = i if style.shape[0] > 1 else 0
-        out[i : i + 1] = function(content[i : i + 1], style[j : j + 1].to(content))
+        one, low_quality = content[i : i + 1], style[j : j + 1].to(content)
+        if method is ColorFix.WAVELET:
+            out[i : i + 1] = wavelet(one, low_quality)
+        else:
+            opacity = None if alpha is None else alpha[i : i + 1] if alpha.shape[0] > 1 else alpha
+            seen = opacity.to(content) if opacity is not None and has_transparency(opacity) else None
+            out[i : i + 1] = adain(one, low_quality, seen)
     return out

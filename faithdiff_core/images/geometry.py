@@ -85,9 +85,6 @@ def resize_lanczos(images: Tensor, height: int, width: int) -> Tensor:
     Raises:
         SettingsError: the tensor has another layout, or the size is empty.
     """
-    import numpy as np
-    from PIL import Image
-
     if images.ndim != 4 or not images.is_floating_point():
         raise SettingsError(
             f"resize_lanczos: expected floating-point images of shape (batch, channels, height, width), got "
@@ -95,13 +92,21 @@ def resize_lanczos(images: Tensor, height: int, width: int) -> Tensor:
         )
     if height < 1 or width < 1:
         raise SettingsError(f"resize_lanczos: an image of {width} x {height} pixels cannot be made.")
+    return lanczos(images, height, width).clamp(0.0, 1.0)
+
+
+def lanczos(images: Tensor, height: int, width: int) -> Tensor:
+    """`resize_lanczos` without its checks and its clamp, so that it stays linear in `images`."""
+    import numpy as np
+    from PIL import Image
+
     if tuple(images.shape[-2:]) == (height, width):
-        return images.clamp(0.0, 1.0)
+        return images
     planes = images.detach().to(device="cpu", dtype=torch.float32).flatten(0, 1).contiguous().numpy()
     out = np.empty((len(planes), height, width), dtype=np.float32)
     for plane, target in zip(planes, out, strict=True):
         target[:] = np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS))
-    resized = torch.from_numpy(out).clamp_(0.0, 1.0).unflatten(0, images.shape[:2])
+    resized = torch.from_numpy(out).unflatten(0, images.shape[:2])
     return resized.to(device=images.device, dtype=images.dtype)
 
 

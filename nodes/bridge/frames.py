@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ...faithdiff_core.errors import ImageError
 from ...faithdiff_core.images.color import fix_colors
+from ...faithdiff_core.images.cutout import resize_cutout
 from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
+from .checks import check_image
 from .graph_types import LQFrame
 
 
@@ -27,22 +29,26 @@ def prepare(
         The padded IMAGE, and what the end of the graph needs to know.
 
     Raises:
-        ImageError: `multiple` is none of 8, or masks and images differ in number.
+        ImageError: `multiple` is none of 8, or the images or masks are none, empty, not finite or differ in number.
     """
     if multiple % 8:
         nearest = max(8, round(multiple / 8) * 8)
         raise ImageError(f"multiple must be a multiple of 8, got {multiple}. The nearest is {nearest}.")
+    image = check_image(image, "image")
     height, width = target_size(image.shape[1], image.shape[2], scale=scale_by, longest_side=longest_side or None)
-    images = resize_lanczos(_channels_first(image), height, width)
-    if mask is None and images.shape[1] > 3:
-        mask = 1.0 - images[:, 3]
-    elif mask is not None:
-        if mask.shape[0] not in (1, image.shape[0]):
-            raise ImageError(
-                f"there are {mask.shape[0]} masks for {image.shape[0]} images; give one for each, or one for all."
-            )
+    alpha: Tensor | None = None
+    if mask is not None:
+        mask = _checked_mask(mask, image)
+        # A mask of another size (Load Image gives 64 x 64 zeros without one) is taken as a picture of transparency.
+        alpha = 1.0 - resize_lanczos(mask.unsqueeze(1), *image.shape[1:3]).to(image)
+        alpha = alpha.expand(image.shape[0], -1, -1, -1)
+    elif image.shape[-1] == 4:
+        alpha = _channels_first(image[..., 3:])
+    colors, opacity = resize_cutout(_channels_first(image[..., :3]), alpha, height, width)
+    if mask is not None:
         mask = resize_lanczos(mask.unsqueeze(1), height, width)[:, 0]
-    colors = images[:, :3]
+    elif opacity is not None:
+        mask = 1.0 - opacity[:, 0]
     return _channels_last(pad_to_multiple(colors, multiple)), LQFrame(_channels_last(colors), mask)
 
 
@@ -60,6 +66,7 @@ def finish(image: Tensor, frame: LQFrame, color_fix: str) -> tuple[Tensor, Tenso
     Raises:
         ImageError: image and frame do not belong together.
     """
+    image = check_image(image, "image")
     height, width = frame.size
     if image.shape[1] < height or image.shape[2] < width:
         raise ImageError(
@@ -72,9 +79,22 @@ def finish(image: Tensor, frame: LQFrame, color_fix: str) -> tuple[Tensor, Tenso
             "frame that belongs to this batch."
         )
     cropped = _channels_first(image[:, :height, :width, :3])
-    fixed = fix_colors(cropped, _channels_first(frame.image), color_fix).clamp(0.0, 1.0)
+    alpha = None if frame.mask is None else 1.0 - frame.mask.unsqueeze(1)
+    fixed = fix_colors(cropped, _channels_first(frame.image), color_fix, alpha).clamp(0.0, 1.0)
     mask = frame.mask if frame.mask is not None else torch.zeros(1, height, width)
     return _channels_last(fixed), mask.expand(image.shape[0], -1, -1).clone()
+
+
+def _checked_mask(mask: Tensor, image: Tensor) -> Tensor:
+    """A MASK as (B or 1, h, w)."""
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    if mask.ndim != 3 or not mask.numel():
+        raise ImageError(f"mask must be a MASK of shape (batch, height, width), got {tuple(mask.shape)}.")
+    if mask.shape[0] not in (1, image.shape[0]):
+        raise ImageError(
+            f"there are {mask.shape[0]} masks for {image.shape[0]} images; give one for each, or one for all."
+        )
+    return mask.float()
 
 
 def _channels_first(image: Tensor) -> Tensor:

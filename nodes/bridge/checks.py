@@ -1,0 +1,95 @@
+"""What arrives at a node's inputs: the right kind of value, with what was expected in words where it is not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ...faithdiff_core.errors import ImageError, SettingsError
+from .graph_types import AdapterModels, LQFeatures, LQFrame
+
+_LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "IMAGE": ("an IMAGE (such as Load Image gives)", lambda x: isinstance(x, Tensor)),
+    "MASK": ("a MASK", lambda x: isinstance(x, Tensor)),
+    "LATENT": (
+        "a LATENT (such as VAE Encode gives)",
+        lambda x: isinstance(x, dict) and isinstance(x.get("samples"), Tensor),
+    ),
+    "MODEL": ("a MODEL", lambda x: hasattr(x, "model_options") and hasattr(x, "clone")),
+    "VAE": ("a VAE", lambda x: hasattr(x, "first_stage_model")),
+    "CONDITIONING": (
+        "CONDITIONING (such as CLIP Text Encode gives)",
+        lambda x: isinstance(x, list) and all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in x),
+    ),
+    "NOISE": ("NOISE", lambda x: hasattr(x, "generate_noise")),
+    "FAITHDIFF": ("FAITHDIFF from FaithDiff Model Loader", lambda x: isinstance(x, AdapterModels)),
+    "LQ_FEATURES": ("LQ_FEATURES from FaithDiff LQ Encode", lambda x: isinstance(x, LQFeatures)),
+    "LQ_FRAME": ("the frame from FaithDiff Prepare Image", lambda x: isinstance(x, LQFrame)),
+}
+"""Types of links, what to call them, and how to know them."""
+
+
+def check_inputs(schema: io.Schema, values: Mapping[str, Any]) -> None:
+    """Look at a node's values before it works with them; ComfyUI lets some wrong ones through.
+
+    Args:
+        schema: of the node.
+        values: its arguments by name.
+
+    Raises:
+        SettingsError: a link carries another type or nothing, or a number is not finite.
+        ImageError: an image or mask is empty or has values that are not finite.
+    """
+    for entry in schema.inputs or []:
+        value = values.get(entry.id)
+        if value is None and (entry.optional or entry.id not in values):
+            continue
+        kind = str(entry.get_io_type())
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SettingsError(f"{entry.id} must be a finite number, got {value}.")
+        if kind not in _LINKS:
+            continue
+        expected, fits = _LINKS[kind]
+        if value is None or not fits(value):
+            got = "nothing" if value is None else f"a value of the type {type(value).__name__}"
+            raise SettingsError(f"{entry.id}: expected {expected}, got {got}. Check the link to this input.")
+        if kind in ("IMAGE", "MASK"):
+            _check_pixels(value, entry.id)
+
+
+def _check_pixels(values: Tensor, name: str) -> None:
+    if not values.numel():
+        raise ImageError(f"{name} is empty: it has the shape {tuple(values.shape)}. Check what it comes from.")
+    if not values.is_floating_point():
+        raise ImageError(f"{name} must have floating-point values from 0 to 1, got {values.dtype}.")
+    if not torch.isfinite(values).all():
+        raise ImageError(f"{name} has values that are NaN or infinite. The node that it comes from went wrong.")
+
+
+def check_image(image: Tensor, name: str) -> Tensor:
+    """An IMAGE with 3 or 4 channels.
+
+    Args:
+        image: (B, H, W, C); grey of one channel is repeated, a second channel is alpha.
+        name: of the input.
+
+    Returns:
+        (B, H, W, 3 or 4).
+
+    Raises:
+        ImageError: another shape.
+    """
+    if image.ndim != 4 or not 1 <= image.shape[-1] <= 4:
+        raise ImageError(
+            f"{name} must have the shape (batch, height, width, channels) with 1 to 4 channels, got "
+            f"{tuple(image.shape)}."
+        )
+    if image.shape[-1] > 2:
+        return image
+    colors = image[..., :1].expand(*image.shape[:-1], 3)
+    return torch.cat([colors, image[..., 1:]], dim=-1)

@@ -1,0 +1,80 @@
+"""Values that other nodes should not give: errors name the node, the input and what was expected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from comfy_host.in_process import Host
+
+PREPARE = {"scale_by": 2.0, "longest_side": 0, "multiple": 8}
+
+
+def _prepare(host: Host, image: Any, **changes: Any) -> Any:
+    return host.call("FaithDiffPrepareImage", **{"image": image, **PREPARE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ("text", "FaithDiff Prepare Image: image: expected an IMAGE .* got a value of the type str. Check the link"),
+        (None, "image: expected an IMAGE .* got nothing"),
+        (torch.zeros(0, 32, 32, 3), r"image is empty: it has the shape \(0, 32, 32, 3\)"),
+        (torch.zeros(1, 0, 32, 3), "image is empty"),
+        (torch.zeros(32, 32, 3), r"must have the shape \(batch, height, width, channels\).* got \(32, 32, 3\)"),
+        (torch.zeros(1, 32, 32, 9), "with 1 to 4 channels"),
+        (torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "floating-point values from 0 to 1, got torch.uint8"),
+        (torch.full((1, 8, 8, 3), float("nan")), "image has values that are NaN or infinite"),
+    ],
+)
+def test_prepare_refuses_by_name(host: Host, image: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _prepare(host, image)
+
+
+def test_numbers_must_be_finite(host: Host) -> None:
+    with pytest.raises(ValueError, match="Prepare Image: scale_by must be a finite number, got nan"):
+        _prepare(host, torch.rand(1, 8, 8, 3), scale_by=float("nan"))
+
+
+def test_grey_images_and_flat_masks_are_taken(host: Host) -> None:
+    grey = torch.rand(1, 12, 20, 1)
+    image, frame = _prepare(host, grey)
+    colors, _ = _prepare(host, grey.expand(-1, -1, -1, 3))
+    assert torch.equal(image, colors)
+    assert frame.mask is None
+    mask = (torch.rand(12, 20) > 0.5).float()
+    flat, batched = (_prepare(host, colors[:, :12, :20], mask=m)[1].mask for m in (mask, mask[None]))
+    assert torch.equal(flat, batched)
+
+
+def test_compare_takes_grey_and_refuses_others(host: Host) -> None:
+    grey, colors = torch.rand(1, 8, 8, 1), torch.rand(1, 8, 8, 3)
+    out = host.call("FaithDiffCompare", before=grey, after=colors, mode="side_by_side")[0]
+    assert torch.equal(out[:, :, :8], grey.expand(-1, -1, -1, 3))
+    with pytest.raises(ValueError, match="FaithDiff Compare: before is empty"):
+        host.call("FaithDiffCompare", before=torch.zeros(1, 0, 8, 3), after=colors, mode="slider")
+
+
+@pytest.mark.parametrize("through", ["mask", "channel"])
+def test_cut_outs_do_not_take_hidden_colours(host: Host, through: str) -> None:
+    alpha = torch.zeros(1, 24, 32, 1)
+    alpha[:, 6:18, 8:26] = 1
+    alpha[:, 6] = alpha[:, 6] / 2
+    shown = torch.rand(1, 24, 32, 3)
+    results = []
+    for hidden in (0.0, 1.0):
+        colors = torch.where(alpha > 0, shown, torch.full_like(shown, hidden))
+        image = torch.cat([colors, alpha], -1) if through == "channel" else colors
+        mask = None if through == "channel" else 1 - alpha[..., 0]
+        prepared, frame = _prepare(host, image, mask=mask)
+        finished = host.call("FaithDiffFinishImage", image=prepared.sqrt(), frame=frame, color_fix="adain")
+        results.append((prepared, *finished))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    prepared, fixed, mask = results[0]
+    seen = mask[0] < 0.001
+    low = prepared[:, : fixed.shape[1], : fixed.shape[2]]
+    assert (fixed[0][seen].mean(0) - low[0][seen].mean(0)).abs().max() < 0.02
