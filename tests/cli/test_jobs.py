@@ -123,7 +123,7 @@ def test_a_name_that_the_console_cannot_show(tmp_path: Path, monkeypatch: pytest
     assert main(["degrade", str(tmp_path / "in"), "-o", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").iterdir())) == 3
     console.flush()
-    assert b"\\u7167\\u7247.png" in console.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"\\u7167\\u7247.png" in console.buffer.getvalue()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
