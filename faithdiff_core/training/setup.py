@@ -72,6 +72,11 @@ def check_accelerator(accelerator: Any, config: TrainConfig, environment: Mappin
             )
     if config.weights != "raw" and config.ema and kind == "FSDP":
         raise SettingsError("FSDP keeps each parameter in pieces, which averaging cannot follow: set `ema: 0`.")
+    if kind == "FSDP" and len(config.stages) > 1:
+        raise SettingsError(
+            "FSDP takes a model apart once: give each stage a run of its own, and let `init` name the file of the one "
+            "before."
+        )
     if accelerator.gradient_accumulation_steps != config.accumulate:
         raise SettingsError(
             f"accelerate accumulates {accelerator.gradient_accumulation_steps} batches, and accumulate is "

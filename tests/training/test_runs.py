@@ -184,7 +184,7 @@ def _small_disk(largest: int) -> Iterator[None]:
 
 
 def test_interruptions_of_every_kind_change_nothing(make: Make, images: Path, tmp_path: Path) -> None:
-    """A missing image, a full disk, Ctrl-C; the slow test adds kill -9 and chance."""
+    """A missing image, a full disk, a request to stop."""
     folder = tmp_path / "images"
     shutil.copytree(images, folder)
     config = make(checkpoint_every=2, data={"check": False})
