@@ -16,12 +16,13 @@ HOST_STAMP := $(if $(HOST_REQUIREMENTS),$(VENV)/.installed-host$(subst /,_,$(COM
 # mypy reads the pack as a host does, as one package with a name of its own.
 PACK := build/types/faithdiff_pack
 
-.PHONY: help demo test test-full lint types format install host-note clean
+.PHONY: help demo test test-full fuzz lint types format install host-note clean
 
 help:
 	@echo "make demo       restore a photograph with a small model; writes demo_output/"
 	@echo "make test       style, types and all tests"
 	@echo "make test-full  the same with the slow tests (full-size weights: minutes, 12 GB of disk, 8 GB of memory)"
+	@echo "make fuzz       mutated weights and image files for MINUTES (30), from SEED (1) on"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     ruff's fixes and formatting"
 	@echo "make clean      remove what the commands above made, .venv included"
@@ -34,6 +35,11 @@ test: lint host-note
 
 test-full: lint host-note
 	$(PY) -m pytest -m "slow or not slow"
+
+MINUTES ?= 30
+SEED ?= 1
+fuzz: install
+	PYTHONPATH=tests:tools $(PY) -m fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: install types
 	$(PY) -m ruff check .
