@@ -6,6 +6,7 @@ has to say where it happened.
 
 from __future__ import annotations
 
+from typing import Any
 from unicodedata import category
 
 _UNSEEN = {"Cc", "Cs"}
@@ -32,6 +33,13 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
 class FaithDiffError(ValueError):
     """Base of all errors that bad input causes; its text is written for the person who gave the input."""
+
+    # ComfyUI names a pack's modules by the path of its folder, and shows an error's module to the user.
+    __module__ = "faithdiff_core.errors"
+
+    def __init_subclass__(cls, **kw: Any) -> None:
+        super().__init_subclass__(**kw)
+        cls.__module__ = FaithDiffError.__module__
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))

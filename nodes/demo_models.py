@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .bridge.demo_model import load_demo
+from .bridge.demo_model import load_demo, load_sample
 from .bridge.graph_types import FaithDiffType
 from .errors import named_errors
 from .inputs import CATEGORY
@@ -19,8 +19,9 @@ class FaithDiffDemoModels(io.ComfyNode):
             node_id="FaithDiffDemoModels",
             display_name="FaithDiff Demo Models",
             category=f"{CATEGORY}/development",
-            description="Loads the small demo model that comes with this pack, for trying graphs out without a "
-            "download. It restores little: take FaithDiff Model Loader and an SDXL checkpoint for real images.",
+            description="Loads the small demo model that comes with this pack, and a damaged image for it, for trying "
+            "graphs out without a download. It restores little: take FaithDiff Model Loader and an SDXL checkpoint "
+            "for real images.",
             search_aliases=["faithdiff demo", "faithdiff test model", "small model"],
             is_dev_only=True,
             inputs=[],
@@ -29,10 +30,14 @@ class FaithDiffDemoModels(io.ComfyNode):
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
                 io.Vae.Output(display_name="vae", tooltip="For VAE Encode and FaithDiff Tiled VAE Decode."),
                 FaithDiffType.Output(display_name="faithdiff", tooltip="For FaithDiff LQ Encode."),
+                io.Image.Output(
+                    display_name="sample_image",
+                    tooltip="A photograph of a cat, damaged as the model was trained for: half the size, noisy.",
+                ),
             ],
         )
 
     @classmethod
     @named_errors
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo())
+        return io.NodeOutput(*load_demo(), load_sample())

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workflow_graphs import BLUEPRINTS, DOWNLOADS, GRAPHS, Blueprint, Graph, Link, Node
+from workflow_layout import HEIGHTS_FILE, Layout, Wire, arrange
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
-NOTE_WIDTH, NOTE_HEIGHT = 400, 260
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 _IDS = uuid.UUID("6f0a3f5e-6a0e-4d2c-9d0a-0f1d1ff0fa17")
 
@@ -46,6 +46,7 @@ def api_format(graph: Graph) -> dict[str, Any]:
             "_meta": {"title": node.title or node.type},
         }
         for key, node in graph.nodes.items()
+        if key not in graph.page_only
     }
 
 
@@ -63,12 +64,14 @@ def complete(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> Graph:
                 inputs[name] = node.inputs[name]
             elif _is_widget(spec):
                 inputs[name] = _default(spec)
-        nodes[key] = Node(node.type, inputs, node.at, node.title, node.size)
-    return Graph(graph.name, graph.description, nodes)
+        nodes[key] = replace(node, inputs=inputs)
+    return replace(graph, nodes=nodes)
 
 
-def _page_nodes(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """Nodes and links ([id, from, slot, to, slot, type]) as the page has them. `graph` is complete."""
+def _page_nodes(
+    graph: Graph, classes: Mapping[str, type[NodeClass]]
+) -> tuple[list[dict[str, Any]], list[list[Any]], Layout]:
+    """Nodes, links ([id, from, slot, to, slot, type]) and where all is, as the page has them. `graph` is complete."""
     ids = {key: int(number) for key, number in _ids(graph).items()}
     links: list[list[Any]] = []
     outgoing: dict[tuple[str, int], list[int]] = {}
@@ -95,8 +98,6 @@ def _page_nodes(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> tuple[l
             {
                 "id": ids[key],
                 "type": node.type,
-                "pos": list(node.at),
-                "size": list(node.size or (360, 60 + 26 * len(inputs))),
                 "flags": {},
                 "order": order,
                 "mode": 0,
@@ -114,40 +115,60 @@ def _page_nodes(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> tuple[l
             {"name": str(name), "type": str(kind), "links": outgoing.get((key, slot))}
             for slot, (name, kind) in enumerate(zip(names, _outputs(node_class), strict=True))
         ]
-    return nodes, links
+    layout = _layout(graph, links)
+    for entry, key in zip(nodes, graph.nodes, strict=True):
+        entry |= _place(layout, key)
+    return nodes, links, layout
+
+
+def _layout(graph: Graph, links: list[list[Any]]) -> Layout:
+    """Where nodes and notes stand, and how the wires run."""
+    keys = {int(number): key for key, number in _ids(graph).items()}
+    measured = json.loads(HEIGHTS_FILE.read_text(encoding="utf-8"))
+    heights = {key: max(node.height, *measured["nodes"].get(node.type, [0])) for key, node in graph.nodes.items()}
+    heights |= {key: measured["notes"].get(graph.name, {}).get(key, 0) for key in graph.notes}
+    wires = [Wire(number, keys[origin], slot, keys[target], inner) for number, origin, slot, target, inner, _ in links]
+    return arrange(graph.groups, heights, wires)
+
+
+def _place(layout: Layout, key: str) -> dict[str, list[int]]:
+    box = layout.boxes[key]
+    return {"pos": [round(box.left), round(box.top)], "size": [round(box.width), round(box.height)]}
 
 
 def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[str, Any]:
-    """The graph as the page loads it, with a note. `graph` is complete."""
-    nodes, links = _page_nodes(graph, classes)
-    note_id = len(nodes) + 1
-    top = min(node.at[1] for node in graph.nodes.values())
-    left = min(node.at[0] for node in graph.nodes.values())
-    nodes.append(
-        {
-            "id": note_id,
-            "type": "MarkdownNote",
-            "pos": [left, top - NOTE_HEIGHT - 60],
-            "size": [2 * NOTE_WIDTH, NOTE_HEIGHT],
-            "flags": {},
-            "order": len(nodes),
-            "mode": 0,
-            "inputs": [],
-            "outputs": [],
-            "properties": {},
-            "widgets_values": [graph.description],
-        }
-    )
+    """The graph as the page loads it, with its notes. `graph` is complete."""
+    nodes, links, layout = _page_nodes(graph, classes)
+    for key, note in graph.notes.items():
+        nodes.append(
+            {
+                "id": len(nodes) + 1,
+                "type": "MarkdownNote",
+                "flags": {},
+                "order": len(nodes),
+                "mode": 0,
+                "title": note.title,
+                "inputs": [],
+                "outputs": [],
+                "properties": {},
+                "widgets_values": [note.text],
+                **_place(layout, key),
+            }
+        )
     return {
         "id": str(uuid.uuid5(_IDS, graph.name)),
         "revision": 0,
-        "last_node_id": note_id,
+        "last_node_id": len(nodes),
         "last_link_id": len(links),
         "nodes": nodes,
         "links": links,
-        "groups": [],
+        "groups": layout.groups,
         "config": {},
-        "extra": {},
+        "extra": {
+            "ds": layout.view(),
+            "reroutes": layout.reroutes,
+            "linkExtensions": [{"id": link, "parentId": last} for link, last in layout.last_reroute.items()],
+        },
         "version": 0.4,
     }
 
@@ -155,14 +176,16 @@ def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[st
 def blueprint_format(blueprint: Blueprint, classes: Mapping[str, type[NodeClass]]) -> dict[str, Any]:
     """A subgraph blueprint: one node, and the definition of what is inside."""
     graph = blueprint.graph
-    nodes, plain_links = _page_nodes(graph, classes)
+    nodes, plain_links, layout = _page_nodes(graph, classes)
     ids = {key: int(number) for key, number in _ids(graph).items()}
     by_id = {node["id"]: node for node in nodes}
     links = [
         dict(zip(("id", "origin_id", "origin_slot", "target_id", "target_slot", "type"), link, strict=True))
+        | ({"parentId": layout.last_reroute[link[0]]} if link[0] in layout.last_reroute else {})
         for link in plain_links
     ]
-    left, right = min(n.at[0] for n in graph.nodes.values()), max(n.at[0] for n in graph.nodes.values())
+    left = round(min(box.left for box in layout.boxes.values()))
+    right = round(max(box.right for box in layout.boxes.values()))
     inputs: list[dict[str, Any]] = []
     outer_inputs: list[dict[str, Any]] = []
     values: list[Any] = []
@@ -191,7 +214,7 @@ def blueprint_format(blueprint: Blueprint, classes: Mapping[str, type[NodeClass]
                 "id": str(uuid.uuid5(_IDS, f"{graph.name}/in/{name}")),
                 **shared,
                 "linkIds": [entry["link"]],
-                "pos": [left - 200, 20 * slot],
+                "pos": [left - 240, 20 * slot],
             }
         )
         outer: dict[str, Any] = {**shared, "link": None}
@@ -210,7 +233,7 @@ def blueprint_format(blueprint: Blueprint, classes: Mapping[str, type[NodeClass]
                 "name": name,
                 "type": source["type"],
                 "linkIds": [number],
-                "pos": [right + 500, 20 * slot],
+                "pos": [right + 140, 20 * slot],
             }
         )
     subgraph_id = str(uuid.uuid5(_IDS, graph.name))
@@ -245,22 +268,23 @@ def blueprint_format(blueprint: Blueprint, classes: Mapping[str, type[NodeClass]
                         "lastGroupId": 0,
                         "lastNodeId": len(nodes),
                         "lastLinkId": len(links),
-                        "lastRerouteId": 0,
+                        "lastRerouteId": len(layout.reroutes),
                     },
                     "revision": 0,
                     "config": {},
                     "name": blueprint.name,
-                    "inputNode": {"id": -10, "bounding": [left - 220, 0, 120, 40 + 20 * len(inputs)]},
-                    "outputNode": {"id": -20, "bounding": [right + 480, 0, 120, 40 + 20 * len(outputs)]},
+                    "inputNode": {"id": -10, "bounding": [left - 260, 0, 120, 40 + 20 * len(inputs)]},
+                    "outputNode": {"id": -20, "bounding": [right + 120, 0, 120, 40 + 20 * len(outputs)]},
                     "inputs": inputs,
                     "outputs": outputs,
                     "widgets": [],
                     "nodes": nodes,
-                    "groups": [],
+                    "groups": layout.groups,
                     "links": links,
+                    "reroutes": layout.reroutes,
                     "extra": {},
                     "category": blueprint.category,
-                    "description": graph.description,
+                    "description": blueprint.description,
                 }
             ]
         },

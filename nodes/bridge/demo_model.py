@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.images.reading import load_image
 from ...faithdiff_core.weights.faithdiff_file import read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .graph_types import AdapterModels
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "model"
 """A diffusers folder with FaithDiff's file inside, made by demo/make_model.py."""
+
+SAMPLE = DEMO_FOLDER.parents[1] / "assets" / "noisy_cat.png"
+"""A held-out photograph, degraded as demo/degradation.yaml says; `make demo` restores it, too."""
 
 FAITHDIFF_FILE = "faithdiff.safetensors"
 
@@ -54,6 +58,15 @@ def load_demo(folder: Path = DEMO_FOLDER) -> tuple[ModelPatcher, comfy.sd.CLIP, 
     model = load_unet(str(folder))
     faithdiff = attach_alignment(model, read_faithdiff(folder / FAITHDIFF_FILE), "fp32")
     return model, _load_clip(folder), _load_vae(folder), faithdiff
+
+
+def load_sample(path: Path = SAMPLE) -> Tensor:
+    """The damaged image that comes with the demo model, (1, H, W, 3) in [0, 1].
+
+    Raises:
+        ImageError: the file is missing, or cannot be read.
+    """
+    return load_image(path).colors.movedim(0, -1)[None]
 
 
 def _check_complete(folder: Path) -> None:

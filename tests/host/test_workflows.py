@@ -90,6 +90,8 @@ def test_every_workflow_opens_in_the_page(browser: Page, name: str) -> None:
     assert browser.error_overlays() == []
     twin = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     queued = browser.prompt()
+    if not any(node["class_type"] == "FaithDiffCompare" for node in twin.values()):  # shows something, in the page only
+        queued = {key: node for key, node in queued.items() if node["class_type"] != "FaithDiffCompare"}
     assert without_titles(queued) == without_titles(twin)
 
 
@@ -120,7 +122,7 @@ RUNS: dict[str, list[tuple[int, int]]] = {
     "faithdiff_batch_folder": [(64, 48), (48, 64)],
     "faithdiff_low_vram": [(64, 48)],
     "faithdiff_own_checkpoint_lora": [(64, 48)],
-    "faithdiff_demo": [(64, 48)],
+    "faithdiff_demo": [(450, 300)],
 }
 """Sizes of what each workflow saves here. Those that share models follow each other, so that they are loaded once."""
 
@@ -144,6 +146,7 @@ def test_workflows_run_in_the_page(server: Server, browser: Page, name: str) -> 
     result = browser.queue(timeout=500)
     assert result.node_errors == {}
     assert result.execution_error is None
-    images = [image for shown in result.outputs.values() for image in shown.get("images", [])]
+    shown = [image for output in result.outputs.values() for image in output.get("images", [])]
+    images = [image for image in shown if image["type"] == "output"]
     assert [Image.open(io.BytesIO(server.view(image))).size for image in images] == RUNS[name]
     assert browser.error_overlays() == []

@@ -23,8 +23,9 @@ from .installation import (
     find_host,
     prepare_base,
     quick_demo,
+    write_placeholders,
 )
-from .page import Page, PageResult
+from .page import NodeBox, Page, PageResult
 from .server import Job, JobResult, Server
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Job",
     "JobResult",
     "Node",
+    "NodeBox",
     "Page",
     "PageResult",
     "Prompt",
@@ -55,4 +57,5 @@ __all__ = [
     "find_host",
     "prepare_base",
     "quick_demo",
+    "write_placeholders",
 ]

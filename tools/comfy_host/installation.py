@@ -78,8 +78,29 @@ def prepare_base(base: Path) -> Path:
     return base
 
 
+PLACEHOLDERS = (
+    "models/faithdiff/FaithDiff.bin",
+    "models/checkpoints/RealVisXL_V4.0.safetensors",
+    "models/checkpoints/your_sdxl_checkpoint.safetensors",
+    "models/loras/your_sdxl_lora.safetensors",
+    "models/loras/sdxl_lightning_8step_lora.safetensors",
+    "models/controlnet/controlnet-canny-sdxl-1.0.safetensors",
+    "models/text_encoders/qwen_3_4b.safetensors",
+    "models/LLM/llava-1.5-7b-hf/config.json",
+    "input/restore/image.png",
+)
+
+
+def write_placeholders(base: Path) -> None:
+    """Put an image and empty files under the names that the workflows use into a base directory, to be listed only."""
+    for name in PLACEHOLDERS:
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).touch()
+    shutil.copyfile(REPO / "assets" / "noisy_cat.png", base / "input" / "example.png")
+
+
 def quick_demo(base: Path) -> Prompt:
-    """The demo workflow with one step, and a small image for it in the input folder of a base directory."""
+    """The demo workflow with one step, on a small image in the input folder of a base directory."""
     from PIL import Image
 
     Image.new("RGB", (40, 32), (200, 120, 40)).save(base / "input" / "example.png")
@@ -87,6 +108,9 @@ def quick_demo(base: Path) -> Prompt:
     for node in prompt.values():
         if node["class_type"] == "FaithDiffSampler":
             node["inputs"]["steps"] = 1
+        if node["class_type"] == "FaithDiffPrepareImage":
+            node["inputs"]["image"] = ["small", 0]
+    prompt["small"] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
     return prompt
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .graph import GraphError, Prompt
 from .installation import RUN_SECONDS
@@ -28,6 +28,68 @@ class PageResult:
     node_errors: dict[str, Any]
     execution_error: dict[str, Any] | None
     outputs: dict[str, Any]
+
+
+class NodeBox(NamedTuple):
+    """A node on the canvas, its title included; in the canvas' pixels.
+
+    Attributes:
+        type: of the node.
+        title: of the node.
+        left, top, width, height: where it is.
+        least: height that its content takes, its title included; 0 where the page does not tell.
+    """
+
+    type: str
+    title: str
+    left: float
+    top: float
+    width: float
+    height: float
+    least: float
+
+    def gap(self, other: NodeBox) -> float:
+        """Free distance to another node; negative if they overlap."""
+        across = max(self.left, other.left) - min(self.left + self.width, other.left + other.width)
+        down = max(self.top, other.top) - min(self.top + self.height, other.top + other.height)
+        return max(across, down)
+
+
+_BOXES = """
+const {scale, offset} = window.app.canvas.ds, canvas = window.app.canvas.canvas.getBoundingClientRect();
+return window.app.graph.nodes.map(node => {
+    const [x, y, width, height] = node.boundingRect, name = [node.type, node.title];
+    if (!LiteGraph.vueNodesMode)
+        return [...name, x, y, width, height, node.computeSize()[1] + LiteGraph.NODE_TITLE_HEIGHT];
+    const box = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+    if (!box) return [...name, 0, 0, 0, 0, 0];
+    const at = [(box.x - canvas.x) / scale - offset[0], (box.y - canvas.y) / scale - offset[1]];
+    return [...name, ...at, box.width / scale, box.height / scale, 0].map(v => v.toFixed ? Math.round(v) : v);
+});
+"""
+
+_WIRES = """
+const {app} = window, graph = app.graph, bounds = graph.nodes.map(n => n.boundingRect), edge = 4;
+app.canvas.ds.scale = 0.25;
+app.canvas.ds.offset = [60 - Math.min(...bounds.map(b => b[0])), 400 - Math.min(...bounds.map(b => b[1]))];
+app.canvas.draw(true, true);
+const context = document.createElement("canvas").getContext("2d"), found = new Set();
+context.lineWidth = edge + 2;
+const title = id => graph.getNodeById(id).title;
+for (const link of graph.links.values()) {
+    const parts = [link];
+    for (let id = link.parentId; id != null; id = graph.reroutes.get(id).parentId) parts.push(graph.reroutes.get(id));
+    for (const node of graph.nodes) {
+        if (node.id === link.origin_id || node.id === link.target_id) continue;
+        const [x, y, w, h] = node.boundingRect, border = [];
+        for (let at = 0; at <= w; at += edge) border.push([x + at, y], [x + at, y + h]);
+        for (let at = 0; at <= h; at += edge) border.push([x, y + at], [x + w, y + at]);
+        if (parts.some(part => border.some(point => context.isPointInStroke(part.path, ...point))))
+            found.add(`${title(link.origin_id)} -> ${title(link.target_id)} behind ${node.title}`);
+    }
+}
+return [...found];
+"""
 
 
 class Page:
@@ -100,6 +162,27 @@ class Page:
     def prompt(self) -> Prompt:
         """What queueing the open graph would send to the server, subgraphs unfolded."""
         return dict(self._async_script("window.app.graphToPrompt().then(prompt => prompt.output)"))
+
+    def use_nodes_2(self, on: bool) -> None:
+        """Switch between the two designs of nodes: Nodes 2.0, or the classic canvas."""
+        self._async_script("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', arguments[0])", on)
+        self._until(lambda: self.script("return !!LiteGraph.vueNodesMode") == on, 30, "the other design")
+
+    def boxes(self, timeout: float = 20.0) -> list[NodeBox]:
+        """Where the page has its nodes, once they have stopped growing."""
+        end = time.monotonic() + timeout
+        before: list[NodeBox] = []
+        while time.monotonic() < end:
+            now = [NodeBox(*values) for values in self.script(_BOXES)]
+            if now and now == before and all(box.height > 0 for box in now):
+                return now
+            before = now
+            time.sleep(0.4)
+        raise TimeoutError(f"The nodes did not come to rest within {timeout:.0f} s: {before}")
+
+    def wires_behind_nodes(self) -> list[str]:
+        """Wires that run behind a node that they do not belong to, as `FROM -> TO behind NODE`, drawn by the page."""
+        return list(self.script(_WIRES))
 
     def set_widget(self, class_type: str, name: str, value: Any) -> None:
         """Set a widget of all nodes of a type."""

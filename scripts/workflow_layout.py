@@ -1,0 +1,275 @@
+"""Where a graph's nodes, groups and wires go on the canvas.
+
+Nodes stand in titled groups from left to right, each a stack of rows. Their heights are the page's own, measured by
+`measure_nodes.py`. A wire that would run behind a node takes a free lane between the rows, held by two reroutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+HEIGHTS_FILE = Path(__file__).resolve().parent / "node_heights.json"
+"""`nodes`: the least height in pixels of each node type without its title, in the classic canvas and in Nodes 2.0;
+`notes`: that of each workflow's notes, by key.
+"""
+
+TITLE = 30
+"""Height of a node's title in pixels."""
+
+ROW_GAP, COLUMN_GAP, GROUP_GAP = 46, 60, 70
+PADDING, GROUP_TITLE = 20, 58
+
+CLEARANCE = 14
+"""Smallest distance of a lane from a node in pixels."""
+
+LANE = 9
+"""Distance of two wires in one lane, or in one gap between columns, in pixels."""
+
+LONG, HOOK = 130, 36
+"""From which length a way up or down is held straight, and how far from the slot, in pixels."""
+
+HIGHEST_LANE = -22
+"""Smallest height of a lane in pixels: below the groups' titles."""
+
+FIRST_SLOT, SLOT = 14, 20
+"""Centre of a node's first slot below its title, and the distance to the next one, in pixels."""
+
+MIN_SCALE, MAX_SCALE = 0.62, 0.9
+"""Limits of the zoom at opening. Below 0.57, the page leaves all text out."""
+
+VIEW = (80, 110, 1490, 690)
+"""Left, top, width and height of what the page's bars leave free of the canvas in a window of 1600 x 1000 pixels."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A titled, coloured group of nodes.
+
+    Attributes:
+        title: shown at the top.
+        colour: of the group, as CSS has it.
+        width: inside, in pixels.
+        rows: from top to bottom; each is a row of columns, and each column a stack of nodes' keys.
+    """
+
+    title: str
+    colour: str
+    width: int
+    rows: tuple[tuple[tuple[str, ...], ...], ...]
+
+
+class Box(NamedTuple):
+    """A node without its title, in pixels."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+    @property
+    def right(self) -> float:
+        """Right edge."""
+        return self.left + self.width
+
+    def covers(self, x: float, y: float, margin: float = 6) -> bool:
+        """Whether a point lies on the node, on its title or close to them."""
+        across = self.left - margin < x < self.right + margin
+        return across and self.top - TITLE - margin < y < self.top + self.height + margin
+
+
+class Wire(NamedTuple):
+    """A link: its number, and which slot of which node it joins to which."""
+
+    number: int
+    source: str
+    output: int
+    target: str
+    input: int
+
+
+@dataclass
+class Layout:
+    """A graph on the canvas.
+
+    Attributes:
+        boxes: by key.
+        groups: each with its title, bounding and colour, as the page has it.
+        reroutes: id, position, links that pass, and the reroute before it, as the page has it.
+        last_reroute: of each link, by number.
+    """
+
+    boxes: dict[str, Box]
+    groups: list[dict[str, object]]
+    reroutes: list[dict[str, object]] = field(default_factory=list)
+    last_reroute: dict[int, int] = field(default_factory=dict)
+
+    def view(self) -> dict[str, object]:
+        """Zoom and offset that show the whole graph, or its beginning if it is too large to be read as a whole."""
+        left = min(box.left for box in self.boxes.values()) - PADDING
+        top = min(box.top for box in self.boxes.values()) - TITLE - (GROUP_TITLE if self.groups else 0)
+        width = max(box.right for box in self.boxes.values()) + PADDING - left
+        height = max(box.top + box.height for box in self.boxes.values()) + PADDING - top
+        scale = round(max(MIN_SCALE, min(MAX_SCALE, VIEW[2] / width, VIEW[3] / height)), 3)
+        return {"scale": scale, "offset": [round(VIEW[0] / scale - left), round(VIEW[1] / scale - top)]}
+
+
+def arrange(groups: Sequence[Group], heights: Mapping[str, int], wires: Iterable[Wire]) -> Layout:
+    """Lay a graph out.
+
+    Args:
+        groups: from left to right; every node is in one of them.
+        heights: of all nodes, by key, in pixels.
+        wires: all links.
+
+    Raises:
+        ValueError: a node is in no group or in two, or a wire finds no free way.
+    """
+    listed = [key for group in groups for row in group.rows for column in row for key in column]
+    if sorted(listed) != sorted(heights):
+        raise ValueError(f"The groups must hold every node once; they differ in {sorted(set(listed) ^ set(heights))}.")
+    boxes: dict[str, Box] = {}
+    frames: list[dict[str, object]] = []
+    left = 0
+    for group in groups:
+        top = 0
+        for row in group.rows:
+            width = (group.width - COLUMN_GAP * (len(row) - 1)) // len(row)
+            bottom = top
+            for place, column in enumerate(row):
+                at = top
+                for key in column:
+                    boxes[key] = Box(left + place * (width + COLUMN_GAP), at + TITLE, width, heights[key])
+                    at += TITLE + heights[key] + ROW_GAP
+                bottom = max(bottom, at)
+            top = bottom
+        bounding = [left - PADDING, -GROUP_TITLE, group.width + 2 * PADDING, GROUP_TITLE + top - ROW_GAP + PADDING]
+        frame = {"id": len(frames) + 1, "title": group.title, "bounding": bounding, "color": group.colour}
+        frames.append(frame | {"font_size": 24, "flags": {}})
+        left += group.width + 2 * PADDING + GROUP_GAP
+    layout = Layout(boxes, frames)
+    _Router(layout).route(wires)
+    return layout
+
+
+class _Router:
+    """Leads wires around nodes: up or down beside a column, and along a lane between two rows."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.lanes: list[tuple[float, float, float, tuple[str, int]]] = []
+        self.uprights: dict[tuple[int, str, int], float] = {}
+        self.points: dict[tuple[str, int, float, float, int], int] = {}
+
+    def route(self, wires: Iterable[Wire]) -> None:
+        """Give each wire that needs them reroutes: two, or four out of the middle of a group."""
+        boxes = self.layout.boxes
+        for wire in wires:
+            source, target = boxes[wire.source], boxes[wire.target]
+            start = (source.right, source.top + FIRST_SLOT + SLOT * wire.output)
+            end = (target.left, target.top + FIRST_SLOT + SLOT * wire.input)
+            others = [box for key, box in boxes.items() if key not in (wire.source, wire.target)]
+            if end[0] > start[0] and not any(box.covers(x, y) for x, y in curve(start, end) for box in others):
+                continue
+            first = self._upright(source.right, 1, wire)
+            second = self._upright(target.left, -1, wire)
+            lane = self._lane(first, second, start[1], end[1], wire)
+            corners = [(first, lane), (second, lane)] if lane is not None else []
+            if lane is None:
+                middle = self._upright(self._frame_edge(source), 1, wire)
+                out = self._lane(first, middle, start[1], start[1], wire)
+                lane = None if out is None else self._lane(middle, second, out, end[1], wire)
+                if out is None or lane is None:
+                    raise ValueError(f"There is no free way for the wire from {wire.source} to {wire.target}.")
+                corners = [(first, out), (middle, out), (middle, lane), (second, lane)]
+            parent = 0
+            for x, y in _straightened(start, corners, end):
+                parent = self._point(wire, x, y, parent)
+            self.layout.last_reroute[wire.number] = parent
+
+    def _frame_edge(self, box: Box) -> float:
+        """Right edge of the last column of the node's group."""
+        for frame in self.layout.groups:
+            left, _, width, _ = frame["bounding"]  # type: ignore[misc]
+            if left <= box.left <= left + width:
+                return float(left + width - PADDING)
+        raise ValueError("The node is in no group.")
+
+    def _upright(self, edge: float, side: int, wire: Wire) -> float:
+        """Where the wires of an output go up or down beside a column."""
+        key = (round(edge) * side, wire.source, wire.output)
+        taken = sum(1 for other in self.uprights if other[0] == key[0])
+        return self.uprights.setdefault(key, edge + side * (14 + LANE * taken))
+
+    def _lane(self, first: float, second: float, start: float, end: float, wire: Wire) -> float | None:
+        """The free height between two uprights that makes the shortest way, or None."""
+        left, right = min(first, second), max(first, second)
+        boxes = self.layout.boxes.values()
+        walls = [_wall(box) for box in boxes if box.left < right and box.right > left]
+        own = (wire.source, wire.output)
+        taken = [y for y, a, b, other in self.lanes if a < right and b > left and other != own]
+
+        def free(y: float) -> bool:
+            if any(top < y < bottom for top, bottom in walls) or any(abs(y - t) < LANE for t in taken):
+                return False
+            ways = ((first, start, y), (second, y, end))
+            return not any(
+                box.left - 4 < x < box.right + 4 and _wall(box)[0] < max(a, b) and _wall(box)[1] > min(a, b)
+                for x, a, b in ways
+                for box in boxes
+            )
+
+        edges = {y for box in boxes for y in _wall(box)} | {start, end}
+        choices = {y + LANE * step * sign for y in edges for step in range(8) for sign in (-1, 1)}
+        ways = [y for y in choices if y >= HIGHEST_LANE and free(y)]
+        if not ways:
+            return None
+        lane = min(ways, key=lambda y: (abs(y - start) + abs(y - end), y))
+        self.lanes.append((lane, left, right, own))
+        return lane
+
+    def _point(self, wire: Wire, x: float, y: float, parent: int) -> int:
+        """The number of a reroute; wires of one output share it."""
+        key = (wire.source, wire.output, x, y, parent)
+        if key not in self.points:
+            self.points[key] = len(self.points) + 1
+            reroute: dict[str, object] = {"id": self.points[key], "pos": [round(x), round(y)], "linkIds": []}
+            self.layout.reroutes.append(reroute | ({"parentId": parent} if parent else {}))
+        number = self.points[key]
+        passing = self.layout.reroutes[number - 1]["linkIds"]
+        assert isinstance(passing, list)
+        passing.append(wire.number)
+        return number
+
+
+def _straightened(
+    start: tuple[float, float], corners: list[tuple[float, float]], end: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """The corners, and one more where a long way up or down would swing out beside its gap."""
+    out = list(corners)
+    if abs(corners[0][1] - start[1]) > LONG:
+        out.insert(0, (corners[0][0], start[1] + math.copysign(HOOK, corners[0][1] - start[1])))
+    if abs(corners[-1][1] - end[1]) > LONG:
+        out.append((corners[-1][0], end[1] + math.copysign(HOOK, corners[-1][1] - end[1])))
+    return out
+
+
+def _wall(box: Box) -> tuple[float, float]:
+    """Top and bottom of what a lane keeps clear of."""
+    return box.top - TITLE - CLEARANCE, box.top + box.height + CLEARANCE
+
+
+def curve(start: tuple[float, float], end: tuple[float, float], steps: int = 48) -> list[tuple[float, float]]:
+    """Points of the page's wire between two slots: a cubic Bezier curve that leaves and arrives level."""
+    reach = 0.25 * ((end[0] - start[0]) ** 2 + (end[1] - start[1]) ** 2) ** 0.5
+    points = (start, (start[0] + reach, start[1]), (end[0] - reach, end[1]), end)
+    out = []
+    for step in range(steps + 1):
+        t = step / steps
+        weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+        x, y = (sum(w * p[axis] for w, p in zip(weights, points, strict=True)) for axis in (0, 1))
+        out.append((x, y))
+    return out

@@ -1,0 +1,192 @@
+"""The notes in the example workflows.
+
+Names of files, folders and settings are bold: the newer canvas (Nodes 2.0) shows inline code in notes as blue on blue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Note:
+    """A note on the canvas.
+
+    Attributes:
+        text: in Markdown.
+        title: of the note.
+    """
+
+    text: str
+    title: str
+
+
+def about(text: str) -> Note:
+    """What a workflow does."""
+    return Note(text, "What this workflow does")
+
+
+def tips(text: str) -> Note:
+    """What to change."""
+    return Note(text, "Settings")
+
+
+FAITHDIFF_PAGE = "https://huggingface.co/jychen9811/FaithDiff"
+CHECKPOINT_PAGE = "https://huggingface.co/SG161222/RealVisXL_V4.0"
+
+_FAITHDIFF = f"- **FaithDiff.bin** (10 GB) into **models/faithdiff**, from [{FAITHDIFF_PAGE[8:]}]({FAITHDIFF_PAGE})"
+_CHECKPOINT = (
+    f"- **RealVisXL_V4.0.safetensors** into **models/checkpoints**, from [{CHECKPOINT_PAGE[8:]}]({CHECKPOINT_PAGE}), "
+    "or another SDXL checkpoint: it gives text encoders and VAE"
+)
+
+
+def files(*more: str, checkpoint: str = _CHECKPOINT) -> Note:
+    """Where the files come from and where they go."""
+    lines = [_FAITHDIFF, checkpoint, *(f"- {line}" for line in more)]
+    return Note("\n".join(lines), "Files: where they come from, and where they go")
+
+
+FILES = files()
+
+_PROMPT = "say in the positive prompt what is in it (the more exactly, the better)"
+
+NOTES: dict[str, dict[str, Note]] = {
+    "faithdiff_2x": {
+        "about": about(
+            "## FaithDiff, twice the size\n\n"
+            f"The published settings. Choose your image in **Load Image**, {_PROMPT}, and run."
+        ),
+        "tips": tips(
+            "- **Four times the size:** two passes of two are more faithful. Take *faithdiff_4x_progressive*.\n"
+            "- **Little video memory:** *faithdiff_low_vram*.\n"
+            "- **Another result:** another **seed**. **cfg** 2 to 8: lower is closer to the image, higher adds detail."
+        ),
+    },
+    "faithdiff_4x_progressive": {
+        "about": about(
+            "## FaithDiff, four times the size in two passes\n\n"
+            "Twice the size, and twice again. The second pass sees the restored image, so it has to invent less than "
+            "one pass of four would; faces profit most."
+        ),
+        "tips": tips(
+            "The second pass works on four times the pixels, in tiles, and takes about four times as long.\n\n"
+            "To stop after the first pass, save the image of the first **FaithDiff Finish Image**."
+        ),
+    },
+    "faithdiff_own_checkpoint_lora": {
+        "about": about(
+            "## FaithDiff on your own checkpoint and LoRA\n\n"
+            "Your SDXL checkpoint, with a LoRA, is moved towards FaithDiff's U-Net. Choose your files in the two "
+            f"loaders, {_PROMPT}, and run."
+        ),
+        "files": files(
+            "your LoRA for SDXL into **models/loras**",
+            checkpoint="- your SDXL checkpoint into **models/checkpoints**: it gives U-Net, text encoders and VAE",
+        ),
+        "tips": tips(
+            "- **unet_strength** in the loader: 1 follows the image most closely, 0 keeps your style and follows it "
+            "least. 0.6 to 0.9 is a good range.\n"
+            "- The LoRA keeps its full strength, before the loader (as here) or behind it."
+        ),
+    },
+    "faithdiff_few_steps": {
+        "about": about(
+            "## FaithDiff in 8 steps\n\n"
+            "A few-step LoRA for **SDXL base** on FaithDiff's U-Net, with cfg 1: a fifth of the usual work. Expect "
+            "smoother textures than with 20 steps."
+        ),
+        "files": files(
+            "**sdxl_lightning_8step_lora.safetensors** into **models/loras**, from "
+            "[huggingface.co/ByteDance/SDXL-Lightning](https://huggingface.co/ByteDance/SDXL-Lightning)"
+        ),
+        "tips": tips(
+            "- The LoRA's steps must match its file: an 8-step LoRA with 8 **steps**. DMD2 works with 4 steps and the "
+            "sampler **lcm**.\n"
+            "- At **cfg** 1 the negative prompt has no effect."
+        ),
+    },
+    "faithdiff_low_vram": {
+        "about": about(
+            "## FaithDiff with 6 to 8 GB of video memory\n\n"
+            "Weights in fp8 (half the memory of fp16), encoding and decoding in tiles of 512, sampling in tiles of "
+            f"768, one at a time. Choose your image, {_PROMPT}, and run."
+        ),
+        "tips": tips(
+            "- **Still too much?** Sample in tiles of 512 (**tile_size**).\n"
+            "- The image's size hardly matters: only a tile is on the card."
+        ),
+    },
+    "faithdiff_batch_folder": {
+        "about": about(
+            "## FaithDiff for a folder\n\n"
+            "Put images of any sizes into a folder below ComfyUI's **input** (here **input/restore**). They are "
+            "restored one after the other with one caption; the models are loaded once."
+        ),
+        "tips": tips(
+            "For a caption of its own for each image, put **FaithDiff Caption** between the images and the positive "
+            "prompt, as in *faithdiff_auto_caption*."
+        ),
+    },
+    "faithdiff_auto_caption": {
+        "about": about(
+            "## FaithDiff with a caption made for it\n\n"
+            "FaithDiff was trained with captions of LLaVA-1.5. **FaithDiff Caption** asks a local model the same "
+            "question and trims the answer as the published code does."
+        ),
+        "files": files(
+            "a model folder into **models/LLM**: **llava-1.5-7b-hf**, from "
+            "[huggingface.co/llava-hf/llava-1.5-7b-hf](https://huggingface.co/llava-hf/llava-1.5-7b-hf), or any "
+            "image-to-text model that transformers loads"
+        ),
+        "tips": tips(
+            "**allow_download** in FaithDiff Caption lets it fetch a model by its hub id, instead of a folder in "
+            "**models/LLM**."
+        ),
+    },
+    "faithdiff_other_captioner": {
+        "about": about(
+            "## FaithDiff with another captioner\n\n"
+            "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the image, and "
+            "**FaithDiff Trim Caption** drops the lead-in and keeps two sentences."
+        ),
+        "files": files("a vision-language model of ComfyUI's into **models/text_encoders**"),
+        "tips": tips("Choose the model in **A vision-language model**; its **type** must fit the file."),
+    },
+    "faithdiff_controlnet": {
+        "about": about(
+            "## FaithDiff with a ControlNet\n\n"
+            "FaithDiff needs none. Where outlines matter more than anything (drawings, plans), a light one can help; "
+            "every tile gets its part of the hint."
+        ),
+        "files": files(
+            "any ControlNet for SDXL into **models/controlnet**; **controlnet-canny-sdxl-1.0.safetensors** stands for "
+            "it"
+        ),
+        "tips": tips(
+            "**strength** and **end_percent** of Apply ControlNet: the lower, the more FaithDiff decides. 0.3 to 0.5 "
+            "and 0.6 are a good start."
+        ),
+    },
+    "faithdiff_demo": {
+        "about": about(
+            "## FaithDiff without a download\n\n"
+            "**Press Run.** The damaged sample image is restored in seconds on any computer, and **FaithDiff Compare** "
+            "shows before and after.\n\n"
+            "The small model that comes with this pack has all parts of FaithDiff, about a thousand times smaller, and "
+            "was trained briefly. It shows that the nodes work, not how well FaithDiff restores: for that, take "
+            "*faithdiff_2x*.",
+        ),
+        "own": Note(
+            "Connect **Load Image** to FaithDiff Prepare Image and to **before** of FaithDiff Compare.\n\n"
+            "The model knows one kind of damage: **half the size, slight blur, strong noise, JPEG**. Such images come "
+            "out cleaner, if softer; clean images come out worse. The captions of its training say no more than **A "
+            "photograph.** or **A drawing.**",
+            "With an image of yours",
+        ),
+        "tips": tips(
+            "**steps**: more than 12 hardly change the result. **seed**: other noise, other details.",
+        ),
+    },
+}
+"""All notes by workflow and key; a workflow without `files` of its own has the usual ones."""
