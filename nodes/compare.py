@@ -35,8 +35,8 @@ class FaithDiffCompare(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="slider: move the mouse over the image (Nodes 2.0; the classic node design shows both "
-                    "images). side_by_side: both in one image. The output is side by side in both.",
+                    tooltip="slider: move the mouse over the image. side_by_side: both in one image. The output is side by "
+                    "side in both.",
                 ),
                 io.ImageCompare.Input("compare_view", optional=True),
             ],
@@ -54,8 +54,8 @@ class FaithDiffCompare(io.ComfyNode):
         pairs = torch.cat([before, after], dim=2)
         if mode == "slider":
             first, second = (ui.PreviewImage(images, cls=cls).values for images in (before, after))
-            # The first two are for the slider, which the page has in its newer node design (Nodes 2.0). The classic
-            # design shows `images`.
+            # The first two are for the slider. `images` is what the page knows of any node's images: its list of
+            # results shows them.
             view = {"a_images": first, "b_images": second, "images": [*first, *second]}
             return io.NodeOutput(pairs, ui=view)
         return io.NodeOutput(pairs, ui=ui.PreviewImage(pairs, cls=cls))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from workflow_graphs import BLUEPRINTS, DOWNLOADS, GRAPHS, Blueprint, Graph, Link, Node
+from workflow_graphs import API_GRAPHS, BLUEPRINTS, DOWNLOADS, GRAPHS, Blueprint, Graph, Link, Node
 from workflow_layout import HEIGHTS_FILE, Layout, Wire, arrange
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,7 +298,8 @@ def texts(classes: Mapping[str, type[NodeClass]]) -> dict[Path, str]:
     for make in GRAPHS:
         graph = complete(make(), classes)
         out[WORKFLOWS / f"{graph.name}.json"] = _dump(page_format(graph, classes))
-        out[WORKFLOWS / "api" / f"{graph.name}.json"] = _dump(api_format(graph))
+        scripted = complete(API_GRAPHS[graph.name](), classes) if graph.name in API_GRAPHS else graph
+        out[WORKFLOWS / "api" / f"{graph.name}.json"] = _dump(api_format(scripted))
     for make_blueprint in BLUEPRINTS:
         blueprint = make_blueprint()
         blueprint = replace(blueprint, graph=complete(blueprint.graph, classes))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,21 +310,21 @@ def faithdiff_controlnet() -> Graph:
     return graph("faithdiff_controlnet", nodes, usual_groups(load=load, prepare=prepare))
 
 
-def faithdiff_demo() -> Graph:
-    """The small model that comes with the pack, with the settings it is demonstrated with (demo/restore.yaml)."""
+def faithdiff_demo(sample: bool = True) -> Graph:
+    """The small model that comes with the pack, with the settings it is demonstrated with (demo/restore.yaml).
+
+    Args:
+        sample: whether it restores the image that comes with the model, or one of Load Image.
+    """
     settings = yaml.safe_load(DEMO_SETTINGS.read_text(encoding="utf-8"))
     nodes = restoration()
-    del nodes["checkpoint"], nodes["loader"], nodes["image"]
-    nodes = {"models": Node("FaithDiffDemoModels", {}), **nodes}
-    outputs = {
-        Link("loader"): 0,
-        Link("checkpoint", 1): 1,
-        Link("checkpoint", 2): 2,
-        Link("loader", 1): 3,
-        Link("image"): 4,
-    }
+    del nodes["checkpoint"], nodes["loader"]
+    nodes["models"] = Node("FaithDiffDemoModels", {})
+    outputs = {Link("loader"): 0, Link("checkpoint", 1): 1, Link("checkpoint", 2): 2, Link("loader", 1): 3}
+    if sample:
+        del nodes["image"], nodes["prepare"].inputs["mask"]
+        outputs[Link("image")] = 4
     for node in nodes.values():
-        node.inputs = {name: value for name, value in node.inputs.items() if value != Link("image", 1)}
         for name, value in node.inputs.items():
             if value in outputs:
                 node.inputs[name] = Link("models", outputs[value])
@@ -341,6 +342,10 @@ def faithdiff_demo() -> Graph:
     nodes["finish"].inputs["color_fix"] = settings["color_fix"]
     load = ((("about",),), (("models",),), (("own",),))
     return graph("faithdiff_demo", nodes, usual_groups(load=load, load_width=380), files=False)
+
+
+API_GRAPHS: dict[str, Callable[[], Graph]] = {"faithdiff_demo": partial(faithdiff_demo, sample=False)}
+"""What the API format has instead of the page's graph: scripts put an image of theirs into Load Image."""
 
 
 GRAPHS: tuple[Callable[[], Graph], ...] = (

@@ -49,15 +49,23 @@ function drawSlider(context, slider, width, top, height) {
     context.restore();
 }
 
+function drawHint(context, width, top, height) {
+    context.save();
+    context.fillStyle = "#999";
+    context.font = "12px sans-serif";
+    context.textAlign = "center";
+    context.fillText("No images to compare", width / 2, top + height / 2);
+    context.restore();
+}
+
 function addClassicSlider(node, widget) {
     const slider = { pairs: [], page: 0, split: 0.5, box: null };
     node.faithdiffSlider = slider;
-    const draw = widget.draw;
     widget.computeLayoutSize = () => ({ minHeight: LEAST_HEIGHT, minWidth: 200 });
-    widget.draw = function (context, owner, width, top, ...rest) {
+    widget.draw = function (context, owner, width, top) {
         const height = owner.size[1] - top - MARGIN;
         if (slider.pairs.length) drawSlider(context, slider, width, top, height);
-        else if (draw) draw.call(this, context, owner, width, top, ...rest);
+        else drawHint(context, width, top, height);
     };
     const onMouseMove = node.onMouseMove;
     node.onMouseMove = function (event, position, ...rest) {

@@ -194,10 +194,26 @@ def small_workflow() -> dict[str, Any]:
 
 
 def small_page_workflow() -> dict[str, Any]:
-    """The same in the page's format."""
+    """The same in the page's format: the page's demo with Load Image in the place of its sample."""
     page: dict[str, Any] = json.loads((API.parent / "faithdiff_demo.json").read_text())
+    large: dict[str, Any] = json.loads((API.parent / "faithdiff_2x.json").read_text())
     found, renamed = numbers(), {}
-    page["nodes"] = [node for node in page["nodes"] if node["type"] != "MarkdownNote"]
+    page["extra"] = {}
+    (compare,) = [node["id"] for node in page["nodes"] if node["type"] == "FaithDiffCompare"]
+    page["links"] = [link for link in page["links"] if link[3] != compare]
+    page["nodes"] = [node for node in page["nodes"] if node["type"] not in ("MarkdownNote", "FaithDiffCompare")]
+    (image,) = [node for node in large["nodes"] if node["type"] == "LoadImage"]
+    (models,) = [node for node in page["nodes"] if node["type"] == "FaithDiffDemoModels"]
+    (link,) = [link for link in page["links"] if link[1] == models["id"] and link[2] == 4]
+    image["id"] = page["last_node_id"] + 1
+    link[1:3] = [image["id"], 0]
+    models["outputs"][4]["links"] = image["outputs"][1]["links"] = None
+    image["outputs"][0]["links"] = [link[0]]
+    page["nodes"].append(image)
+    kept = {link[0] for link in page["links"]}
+    for node in page["nodes"]:
+        for output in node["outputs"]:
+            output["links"] = [number for number in output["links"] or [] if number in kept] or None
     for node in page["nodes"]:
         renamed[node["id"]] = node["id"] = found[node.get("title", node["type"])]
         if node["type"] == "FaithDiffSampler":

@@ -58,14 +58,12 @@ def low_quality() -> Tensor:
 
 @pytest.fixture(scope="module")
 def prompt(host: Host, low_quality: Tensor) -> dict[str, Any]:
-    """The demo workflow with a low-quality image from the input folder, few steps, and tiles so small that several
+    """The demo workflow with the low-quality image in the input folder, few steps, and tiles so small that several
     are needed.
     """
     pixels = (low_quality[0].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
     Image.fromarray(pixels).save(host.base / "input" / "example.png")
     prompt: dict[str, Any] = json.loads(API.read_text(encoding="utf-8"))
-    prompt["image"] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
-    node_of(prompt, "FaithDiffPrepareImage")["inputs"]["image"] = ["image", 0]
     node_of(prompt, "FaithDiffSampler")["inputs"].update(tile_size=128, steps=3)
     return prompt
 
@@ -158,10 +156,10 @@ def test_the_workflow_has_the_settings_of_the_demo(prompt: dict[str, Any]) -> No
 
 def test_the_workflow_needs_no_upload() -> None:
     """Its image is the model's own."""
-    written = json.loads(API.read_text(encoding="utf-8"))
-    assert not any(node["class_type"].startswith("LoadImage") for node in written.values())
-    (models,) = [key for key, node in written.items() if node["class_type"] == "FaithDiffDemoModels"]
-    assert node_of(written, "FaithDiffPrepareImage")["inputs"]["image"] == [models, 4]
+    written = json.loads((REPO / "workflows" / "faithdiff_demo.json").read_text(encoding="utf-8"))
+    assert not any(node["type"].startswith("LoadImage") for node in written["nodes"])
+    (models,) = [node for node in written["nodes"] if node["type"] == "FaithDiffDemoModels"]
+    assert len(models["outputs"][4]["links"]) == 2  # to prepare, and to compare
 
 
 def test_the_sample_is_the_image_of_the_readme(models: tuple[Any, ...]) -> None:

@@ -100,7 +100,7 @@ def write_placeholders(base: Path) -> None:
 
 
 def quick_demo(base: Path) -> Prompt:
-    """The demo workflow with one step, on a small image in the input folder of a base directory."""
+    """The demo workflow with one step, and a small image for it in the input folder of a base directory."""
     from PIL import Image
 
     Image.new("RGB", (40, 32), (200, 120, 40)).save(base / "input" / "example.png")
@@ -108,9 +108,6 @@ def quick_demo(base: Path) -> Prompt:
     for node in prompt.values():
         if node["class_type"] == "FaithDiffSampler":
             node["inputs"]["steps"] = 1
-        if node["class_type"] == "FaithDiffPrepareImage":
-            node["inputs"]["image"] = ["small", 0]
-    prompt["small"] = {"class_type": "LoadImage", "inputs": {"image": "example.png"}}
     return prompt
 
 
