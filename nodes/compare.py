@@ -35,8 +35,8 @@ class FaithDiffCompare(io.ComfyNode):
                     "mode",
                     options=list(MODES),
                     default=MODES[0],
-                    tooltip="slider: move the mouse over the image. side_by_side: both in one image. The output is side "
-                    "by side in both.",
+                    tooltip="slider: move the mouse over the image. side_by_side: both in one image. The output is "
+                    "side by side in both.",
                 ),
                 io.ImageCompare.Input("compare_view", optional=True),
             ],

@@ -46,9 +46,9 @@ def check_layout(path: Path, boxes: list[NodeBox], scale: float) -> Iterator[str
         if first.gap(second) < LEAST_GAP:
             yield f"{first.title} and {second.title} are {first.gap(second):.0f} px apart"
     for box, node in zip(boxes, nodes_of(path), strict=True):
-        grown = box.height - 30 - node["size"][1]
-        if abs(grown) > 2 or abs(box.width - node["size"][0]) > 2:
-            yield f"the page makes {box.title} {grown:.0f} px higher than the file says"
+        wider, higher = box.width - node["size"][0], box.height - 30 - node["size"][1]
+        if max(wider, higher) > 2:
+            yield f"the page makes {box.title} {wider:.0f} px wider and {higher:.0f} px higher than the file says"
         if box.least and box.type not in ROOM_FOR_IMAGES | {"MarkdownNote"} and box.height - box.least > MOST_EMPTY:
             yield f"{box.title} has {box.height - box.least:.0f} px of nothing"
 
