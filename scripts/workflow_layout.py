@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 HEIGHTS_FILE = Path(__file__).resolve().parent / "node_heights.json"
 """`nodes`: the least height in pixels of each node type without its title, in the classic canvas and in Nodes 2.0;
@@ -193,7 +193,7 @@ class _Router:
     def _frame_edge(self, box: Box) -> float:
         """Right edge of the last column of the node's group."""
         for frame in self.layout.groups:
-            left, _, width, _ = frame["bounding"]  # type: ignore[misc]
+            left, _, width, _ = cast("list[int]", frame["bounding"])
             if left <= box.left <= left + width:
                 return float(left + width - PADDING)
         raise ValueError("The node is in no group.")
