@@ -47,7 +47,8 @@ def find_jobs(source: Path, output: Path) -> list[tuple[Path, Path]]:
         if output.suffix.lower() != ".png":
             raise RunError(f"Results are PNG files: {output} does not end in .png.")
         return [(source, output)]
-    images = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES)
+    # macOS puts a file ._a.jpg, which is no image, beside a.jpg on foreign disks.
+    images = sorted(f for f in source.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
     if not images:
         raise RunError(f"There is no image in {source}: none ends in {', '.join(SUFFIXES)}.")
     stems = Counter(file.stem for file in images)  # a.jpg and a.png would both become a.png; they keep their endings

@@ -508,7 +508,7 @@ def test_a_result_that_was_deleted(restore: Any, server: Server) -> None:
 
 
 def test_endings_are_kept_where_names_would_be_the_same(tmp_path: Path) -> None:
-    for name in ("a.jpg", "a.png", "b.JPG", "c.txt"):
+    for name in ("a.jpg", "a.png", "b.JPG", "c.txt", "._b.JPG"):
         (tmp_path / name).touch()
     targets = [target.name for _, target in restore_over_http.find_jobs(tmp_path, tmp_path / "out")]
     assert targets == ["a.jpg.png", "a.png.png", "b.png"]
