@@ -15,21 +15,29 @@ import torch
 from torch import Tensor
 
 from ...faithdiff_core.tiling.grid import Tile
+from .patch_state import ImageMasks, Slot, slots_of
 
 if TYPE_CHECKING:
     from comfy.controlnet import ControlBase
 
+Conds = Sequence[Sequence[dict[str, Any]] | None]
+
 
 class ControlHints:
-    """Hints of one sampling run, each enlarged once to the whole image."""
+    """Hints of one sampling run, each enlarged once to the whole image, and the masks that controls hold."""
 
     def __init__(self) -> None:
         self._full: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._masks = ImageMasks()
+
+    def have_masks(self, conds: Conds) -> bool:
+        """Whether controls of the conditionings hold masks of the image; a call can see one tile only then."""
+        return any(self._masks.find(slots_of([("", control)], whole=True)) for control in _controls(conds))
 
     @contextmanager
     def cropped(
         self,
-        conds: Sequence[Sequence[dict[str, Any]] | None],
+        conds: Conds,
         size: tuple[int, int],
         tiles: Sequence[Tile],
         images: int,
@@ -43,8 +51,14 @@ class ControlHints:
             images: rows of each tile.
         """
         saved: list[tuple[ControlBase, Tensor | None, list[Tensor]]] = []
+        masks: list[tuple[Slot, Any, Any]] = []
         try:
             for control in _controls(conds):
+                slots = slots_of([("", control)], whole=True)
+                masks.extend((slot, name, value) for slot in slots for name, value in _masks_and_derived(slot))
+                if len(tiles) == 1:
+                    for slot, name in self._masks.find(slots):
+                        slot.write(name, self._masks.cut(slot.read()[name], *size, tiles[0]))
                 extra = list(getattr(control, "extra_concat_orig", []))
                 saved.append((control, control.cond_hint_original, extra))
                 if control.cond_hint_original is not None:
@@ -54,6 +68,8 @@ class ControlHints:
                 _forget(control)
             yield
         finally:
+            for slot, name, value in reversed(masks):  # a control may be reached through another one, too
+                slot.write(name, value)
             for control, hint, extra in saved:
                 control.cond_hint_original = hint
                 if extra:
@@ -82,13 +98,22 @@ class ControlHints:
         return known[1]
 
 
+def _masks_and_derived(slot: Slot) -> list[tuple[Any, Any]]:
+    """Masks, and places for what is made of them, which are empty before a control is called."""
+    return [
+        (name, value)
+        for name, value in slot.read().items()
+        if isinstance(name, str) and "mask" in name.lower() and (value is None or isinstance(value, Tensor))
+    ]
+
+
 def _hint_scale(control: ControlBase) -> int:
     """Hint pixels per latent unit."""
     vae = getattr(control, "vae", None)
     return control.compression_ratio * (vae.spacial_compression_encode() if vae is not None else 1)
 
 
-def _controls(conds: Sequence[Sequence[dict[str, Any]] | None]) -> list[ControlBase]:
+def _controls(conds: Conds) -> list[ControlBase]:
     """All controls of the conditionings, with those that they are chained to, each once."""
     found: dict[int, ControlBase] = {}
     for group in conds:

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-import node_helpers
+import comfy.conds
 
 from ...faithdiff_core.errors import SettingsError
 from .graph_types import CONDITION_KEY, LQCondition, LQFeatures
 
 Conditioning = list[list[Any]]
 
+NO_ALIGNMENT = (
+    "FaithDiff: the conditioning carries LQ features, but this MODEL has no alignment to use them. Connect the MODEL "
+    "that FaithDiff Model Loader gives (in a merge of models, as the first one), or conditionings that did not pass "
+    "through FaithDiff Conditioning."
+)
+
+
+class _NeedsAlignment(comfy.conds.CONDConstant):
+    """Among a conditioning's `model_conds`: what a MODEL without FaithDiff cannot pass over.
+
+    ComfyUI asks all of `model_conds` for their part of a U-Net call. FaithDiff's wrappers take this one out before; so
+    whoever asks it samples with a MODEL that would leave the LQ features aside.
+    """
+
+    def process_cond(self, **_: Any) -> Any:
+        raise SettingsError(NO_ALIGNMENT)
+
 
 def with_lq(conditioning: Conditioning, condition: LQCondition) -> Conditioning:
     """A CONDITIONING whose entries carry LQ features; the given one stays as it is."""
-    return node_helpers.conditioning_set_values(conditioning, {CONDITION_KEY: condition})
+    needs = {CONDITION_KEY: _NeedsAlignment(condition)}
+    return [
+        [entry[0], {**entry[1], CONDITION_KEY: condition, "model_conds": {**entry[1].get("model_conds", {}), **needs}}]
+        for entry in conditioning
+    ]
 
 
 def add_lq(

@@ -200,15 +200,19 @@ def _check_base(model: ModelPatcher, path: Path, alignment: AlignmentConfig) -> 
 def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strength: float) -> None:
     """Move a MODEL's U-Net towards FaithDiff's: (1 - strength) * own + strength * FaithDiff's, as weight patches.
 
-    Patches act in order, and each scales what is there before it adds. Ours therefore go in front: the checkpoint's
-    weights are interpolated, and LoRAs act on the result in full, whether they were applied before or come later.
+    Patches act in order, and each scales what is there before it adds. Ours therefore go in front of LoRAs, which act
+    on the result in full, whether they were applied before or come later. But a merge of models scales what stands
+    before it: it is the user's own checkpoint, with all that was merged into it, and ours go behind it.
+
+    Raises:
+        WeightsError: the MODEL's weights are of other sizes or packed, so nothing can be added to them.
     """
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    own = model.model.state_dict()
+    own = model.model.state_dict().keys()  # names alone: quantised weights have their true shape on the module
     patches: dict[str, tuple[torch.Tensor]] = {}
     for name, weight in unet.state.items():
         key = UNET_KEY_PREFIX + names[name] if name in names else None
-        if key is None or key not in own or own[key].shape != weight.shape:
+        if key is None or key not in own or comfy.utils.get_attr(model.model, key).shape != weight.shape:
             raise WeightsError(
                 f"`model` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no SDXL "
                 f"model of the same build. Connect an ordinary SDXL checkpoint, or set unet_strength to 0."
@@ -217,7 +221,18 @@ def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strengt
     earlier = {key: model.patches.pop(key) for key in patches if key in model.patches}
     model.add_patches(patches, strength_patch=strength, strength_model=1.0 - strength)
     for key, others in earlier.items():
-        model.patches[key].extend(others)
+        merged = max((i + 1 for i, entry in enumerate(others) if _replaces(entry)), default=0)
+        model.patches[key][:0] = others[:merged]
+        model.patches[key].extend(others[merged:])
+
+
+def _replaces(entry: tuple[Any, ...]) -> bool:
+    """Whether a weight patch scales or replaces what stands before it, as a merge does and a LoRA does not.
+
+    Entries are ComfyUI's: strength of the patch, what it adds, strength of what is there, and more.
+    """
+    _, added, strength_model, *_ = entry
+    return strength_model != 1.0 or (isinstance(added, tuple) and len(added) == 2 and added[0] == "set")
 
 
 def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, overlap: float) -> LQFeatures:

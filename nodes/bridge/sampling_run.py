@@ -17,6 +17,8 @@ from .step_progress import TileProgress
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+    from .tile_state import TileState
+
 RUN_KEY = "faithdiff"
 """Where transformer options carry the `SamplingRun`."""
 
@@ -75,6 +77,8 @@ class SamplingRun:
         progress: of the node that samples, if it shows tiles.
         seed: of the sampler; moving tiles follow it.
         hints: of the ControlNets, made during the run.
+        state: what other patches hold, apart for every tile; None before a run.
+        prompts: ComfyUI's conditionings of the run, of which a step may use a part.
         conditions: of the coming U-Net call, by the conditioning's uuid; one that is missing is left alone.
         copies_equal: whether all rows of one image and tile are equal before the alignment, whatever their
             conditioning. True unless a control or concatenated latents may differ between conditionings.
@@ -84,12 +88,14 @@ class SamplingRun:
     progress: TileProgress | None = None
     seed: int = 0
     hints: ControlHints = field(default_factory=ControlHints)
+    state: TileState | None = None
+    prompts: tuple[list[dict[str, Any]], ...] = ()
     conditions: Mapping[UUID, CallCondition] = field(default_factory=dict)
     copies_equal: bool = True
 
-    def started(self, seed: int) -> SamplingRun:
+    def started(self, seed: int, state: TileState | None, prompts: tuple[list[dict[str, Any]], ...]) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
-        return SamplingRun(self.tiling, self.progress, seed)
+        return SamplingRun(self.tiling, self.progress, seed, state=state, prompts=prompts)
 
     def calling(self, conditions: Mapping[UUID, CallCondition], copies_equal: bool) -> SamplingRun:
         """The same with the conditions of the coming U-Net call."""
