@@ -30,11 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed and memory of FaithDiff.")
     parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="default: cuda, mps or cpu, what there is")
-    parser.add_argument(
-        "--dtype", choices=list(COMPUTE_DTYPES), help="of the U-Net; default: fp16, on a processor bf16"
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="default: 1024, on a processor 256")
-    parser.add_argument("--steps", type=int, help="sampling steps; default: 20, on a processor 2, quick 1")
+    parser.add_argument("--dtype", choices=list(COMPUTE_DTYPES), help="of the U-Net; default: fp16, on a CPU bf16")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="PX", help="default: 1024, on a CPU 256")
+    parser.add_argument("--steps", type=int, help="sampling steps; default: 20, on a CPU 2, quick 1")
     parser.add_argument("--repeats", type=int, help="rounds after the warm-up; default: 5, quick 2")
     parser.add_argument("--rows", nargs="+", choices=names, metavar="NAME", help=f"default: all of {', '.join(names)}")
     parser.add_argument("--quick", action="store_true", help="reduced sizes; under five minutes on two CPU cores")
@@ -49,12 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="begin no further row after N minutes; the same command with --json goes on with the next one",
     )
-    parser.add_argument("--threads", type=int, help="threads on a processor; default: torch's")
+    parser.add_argument("--threads", type=int, help="threads on a CPU; default: torch's")
     parser.add_argument(
         "--clock",
         choices=["wall", "cpu"],
         default="wall",
-        help="cpu: processor time, for a processor that others use too; best with --threads 1",
+        help="cpu: CPU time, for a machine that others use too; best with --threads 1",
     )
     parser.add_argument(
         "--json",

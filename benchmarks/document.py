@@ -29,7 +29,7 @@ def read_report(name: str) -> Report:
 
 
 def filled(document: str) -> str:
-    """The document with every table written anew.
+    """The document with every table rewritten.
 
     Raises:
         ValueError: a table asks for a row that its report does not have.

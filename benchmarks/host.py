@@ -24,7 +24,7 @@ ADAPTER = "published_adapter.safetensors"
 
 
 def _base() -> Path:
-    """A base directory of the host's own, removed at the end of the process."""
+    """ComfyUI's base directory, removed at the end of the process."""
     path = Path(mkdtemp(prefix="benchmarks-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
@@ -51,7 +51,7 @@ def _module(name: str) -> Any:
 
 
 def patcher(module: torch.nn.Module) -> Any:
-    """A module in the host's care."""
+    """A module managed by ComfyUI (ModelPatcher)."""
     management = _module("comfy.model_management")
     return _module("comfy.model_patcher").CoreModelPatcher(
         module, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
@@ -82,7 +82,7 @@ def sdxl_vae(dtype: torch.dtype, channels: int = SDXL_VAE["ch"]) -> Any:
 
 
 def supir_patch(dtype: torch.dtype) -> Any:
-    """The host's own SUPIR as a MODEL_PATCH."""
+    """ComfyUI's SUPIR as a MODEL_PATCH."""
     management = _module("comfy.model_management")
     module = _module("comfy.ldm.supir.supir_modules").SUPIR(
         device=management.unet_offload_device(), dtype=dtype, operations=_module("comfy.ops").manual_cast

@@ -107,7 +107,7 @@ def interleaved(settings: Settings, sides: Mapping[str, Work], repeats: int | No
 def peak_bytes(device: torch.device, work: Work) -> int:
     """Memory that torch allocates for a piece of work on top of what is held when it begins, at its highest point.
 
-    On CUDA torch keeps count itself. On a processor its profiler sees every block come and go, whatever the C library
+    On CUDA torch keeps count itself. On a CPU its profiler sees every block come and go, whatever the C library
     does with it: the process's own size would count freed blocks that are kept, and so depend on what ran before. What
     libraries below torch take for themselves is not seen. On MPS the count is looked at every two milliseconds.
     """

@@ -77,7 +77,7 @@ SMALL_UNET: dict[str, Any] = UNET | {
     "transformer_layers_per_block": [1, 1, 1],
     "attention_head_dim": [5, 5, 10],
 }
-"""A U-Net with SDXL's first convolution and a tenth of its weights, for what a CPU can train."""
+"""A U-Net with SDXL's conv_in and a tenth of its weights, for what a CPU can train."""
 
 _POOL = 2**20
 
@@ -210,8 +210,8 @@ class _PublishedBlock(nn.Module):
 
 
 class PublishedAlignment(nn.Module):
-    """The alignment as it was published: every call embeds the features anew, and both guidance rows go through torch's
-    attention layer with the batch as its sequence."""
+    """The alignment as it was published: every call embeds the features again, and both guidance halves go through
+    torch's attention layer with the batch as its sequence."""
 
     def __init__(self, config: AlignmentConfig, **kw: Any) -> None:
         super().__init__()

@@ -232,7 +232,7 @@ def published_loop(settings: Settings) -> Iterator[Result]:
             times["published"],
             "published loop",
             target=target,
-            note="sizes that a processor can run, instead of 1024 and 4096 px" if settings.on_cpu else "",
+            note="sizes that a CPU can run, instead of 1024 and 4096 px" if settings.on_cpu else "",
         )
 
 
@@ -246,8 +246,8 @@ def published_sample(
     steps: int,
     tile: int,
 ) -> Tensor:
-    """Sampling in the order of the published code: each tile in a call of its own, with a scheduler of its own that was
-    copied deeply, its condition embedded at every step, and the stepped tiles merged and divided by the sum of weights.
+    """Sampling in the order of the published code: each tile in a separate call, with a deep copy of the
+    scheduler, its condition embedded at every step, and the stepped tiles merged and divided by the sum of weights.
 
     Returns:
         The latent, (1, 4, h, w).

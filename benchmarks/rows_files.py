@@ -94,7 +94,7 @@ def start(settings: Settings) -> Iterator[Result]:
 def files(settings: Settings) -> Iterator[Result]:
     """Loading against reading, and converting against copying."""
     unet = SMALL_UNET if settings.quick else PUBLISHED_UNET
-    # Files are a matter of the disk, not of the processor's time.
+    # Files are a matter of the disk, not of CPU time.
     settings = replace(settings, clock="wall", repeats=min(settings.repeats, 3))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Rows in ComfyUI: the nodes against plain SDXL, against the host's SUPIR, and the tiled VAE and encoder."""
+"""Rows in ComfyUI: the nodes against plain SDXL, against ComfyUI's SUPIR, and the tiled VAE and encoder."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def tiled(settings: Settings) -> Iterator[Result]:
 
 
 def supir(settings: Settings) -> Iterator[Result]:
-    """Sampling through the nodes against the host's own SUPIR."""
+    """Sampling through the nodes against ComfyUI's SUPIR."""
     running = host.start_host()
     base = host.sdxl_model(settings.dtype)
     patch = host.supir_patch(settings.dtype)
@@ -246,7 +246,7 @@ def supir(settings: Settings) -> Iterator[Result]:
 
 
 def vae(settings: Settings) -> Iterator[Result]:
-    """LQ encode and tiled VAE decode against the host's own tiled functions: time, memory, difference to untiled."""
+    """LQ encode and tiled VAE decode against ComfyUI's tiled functions: time, memory, difference to untiled."""
     running = host.start_host()
     channels = REDUCED_VAE if settings.on_cpu else SDXL_VAE["ch"]
     size, tile = (256, 128) if settings.quick and settings.on_cpu else (1024, 512)

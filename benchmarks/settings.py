@@ -28,7 +28,7 @@ class Settings:
         steps: sampling steps.
         repeats: how often each side of a comparison is measured, after one warm-up.
         quick: reduced sizes, for a run of a few minutes.
-        clock: `wall`, or `cpu` for the processor time of this process: on a processor that others use too, this is
+        clock: `wall`, or `cpu` for the CPU time of this process: on a machine that others use too, this is
             what is left of the difference.
         say: takes lines about the progress.
     """
@@ -44,7 +44,7 @@ class Settings:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether a processor does all the work."""
+        """Whether the CPU does all the work."""
         return self.device.type == "cpu"
 
     @property

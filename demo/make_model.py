@@ -342,7 +342,7 @@ def main() -> int:
     def stages() -> list[Any]:
         outcome = train(settings)
         if not outcome.finished:
-            raise SystemExit("stopped; run the command again to go on")
+            raise SystemExit("stopped; run the command again to continue")
         every = 50
         return [
             (i + len(c), float(np.mean(c)))

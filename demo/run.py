@@ -28,7 +28,7 @@ FAITHDIFF = "faithdiff.safetensors"
 """FaithDiff's file in the model's folder."""
 
 WHAT_IT_SHOWS = """
-What this shows: the whole path from a damaged photograph to a restored one: FaithDiff's architecture, its schedule,
+What this shows: the whole path from a degraded photograph to a restored one: FaithDiff's architecture, its schedule,
 its tiles, and the command that works on real models in the same way. The photograph was not among the training ones.
 What it cannot show: how well FaithDiff restores. The demo model is about a thousand times smaller than SDXL, has seen a
 few dozen images, and knows one kind of damage: strong noise at half the size. docs/demo_model.md has the figures.

@@ -73,7 +73,7 @@ class FaithDiffCaption(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the drawing of words; no effect at temperature 0.",
+                    tooltip="Sampling seed; ignored at temperature 0.",
                 ),
                 io.Boolean.Input(
                     "trim",

@@ -81,8 +81,8 @@ class FaithDiffFinishImage(io.ComfyNode):
                 LQFrameType.Input("frame", tooltip="From FaithDiff Prepare Image."),
                 setting_input(
                     "color_fix",
-                    "adain: mean and contrast of each channel (published). wavelet: colours place by place; follows "
-                    "stains of the original, too. none: as the model made them.",
+                    "adain: mean and contrast of each channel (published). wavelet: transfers low-frequency colour; "
+                    "local casts and stains come along. none: as the model made them.",
                 ),
             ],
             outputs=[

@@ -109,7 +109,7 @@ class FaithDiffSampler(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the noise.",
+                    tooltip="Seed of the initial noise.",
                 ),
                 setting_input("steps", "Published: 20. More adds little; 4 to 8 with a few-step LoRA."),
                 setting_input(

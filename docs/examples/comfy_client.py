@@ -97,7 +97,7 @@ class ComfyServer:
             if done:
                 return saved_images(done)
             if prompt_id not in known:
-                raise RunError("The server does not know the prompt: it was cancelled, or the server started anew.")
+                raise RunError("The server does not know the prompt: it was cancelled, or the server was restarted.")
             time.sleep(every)
 
     def run(self, workflow: Workflow) -> list[dict[str, str]]:

@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="a node by title or class"
     )
-    parser.add_argument("--overwrite", action="store_true", help="restore again what is done")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     args = parser.parse_args(arguments)
     try:
         jobs, workflow = find_jobs(args.input, args.output), prepare(args)
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             except (RunError, OSError, ValueError) as error:
                 failures.append(f"failed: {source}: {error}")
                 if isinstance(error, UnreachableError):
-                    break  # the others would fail, too; run it again to go on
+                    break  # the others would fail, too; run it again to continue
             else:
                 restored += 1
                 print(f"{source} -> {target}", flush=True)

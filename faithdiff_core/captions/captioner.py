@@ -140,7 +140,7 @@ class _TokenCounter:
 
 
 def load_captioner(model: str | Path, dtype: torch.dtype | None = None, allow_download: bool = False) -> Captioner:
-    """Load an image-to-text model onto the processor (CPU).
+    """Load an image-to-text model onto the CPU.
 
     Args:
         model: a folder as transformers saves it, or a hub id ("llava-hf/llava-1.5-7b-hf").

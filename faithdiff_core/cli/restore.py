@@ -24,7 +24,7 @@ _EXAMPLES = """
 examples:
   one image, twice as large
     python -m faithdiff_core restore photo.jpg -o new.png --model RealVisXL_V4.0.safetensors --faithdiff FaithDiff.bin
-  a folder; run it again to go on where it stopped
+  a folder; run it again to continue where it stopped
     python -m faithdiff_core restore scans/ -o restored/ --model realvis/ --faithdiff FaithDiff.bin
   four times as large, in two passes of two
     python -m faithdiff_core restore face.png -o face_4x.png --scale 4 --passes 2 --model ... --faithdiff ...
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a folder; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
     )
     parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of files in a folder (png)")
-    parser.add_argument("--overwrite", action="store_true", help="do again what is done")
+    parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
 
     model = parser.add_argument_group("model")
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--offload",
         choices=("none", "model", "sequential"),
         default="none",
-        help="keep what is not at work in main memory: whole models, or layer by layer (none)",
+        help="offload idle models to CPU memory: whole models, or layer by layer (none)",
     )
 
     size = parser.add_argument_group("size").add_mutually_exclusive_group()

@@ -68,7 +68,7 @@ def make_scheduler(name: str = "euler") -> Any:
 
 
 def fresh_scheduler(scheduler: Any, seeds: Sequence[int] | None = None) -> Any:
-    """A new scheduler of the same settings, so that no run finds what an earlier, perhaps cancelled one left behind.
+    """A fresh scheduler with the same config, so that no state leaks from a previous or cancelled run.
 
     Args:
         scheduler: any diffusers scheduler for a noise-predicting latent model.
@@ -105,7 +105,7 @@ def initial_latent(scheduler: Any, start: StartPoint | str, noise: Tensor, lq_la
     else:
         if int(first) >= len(scheduler.alphas_cumprod):
             raise SettingsError(
-                f"{type(scheduler).__name__} begins at time step {int(first)}, one past its table; take fewer steps."
+                f"{type(scheduler).__name__} begins at timestep {int(first)}, one past its table; take fewer steps."
             )
         abar = float(scheduler.alphas_cumprod[int(first)])
         sigma = ((1 - abar) / abar) ** 0.5

@@ -23,7 +23,7 @@ DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
 
 MAX_CFG = 20.0
-"""Largest guidance scale; results are long spoilt by then."""
+"""Largest guidance scale; output quality degrades well below it."""
 
 LARGEST_HOST_TILE = 16384
 """Largest tile side that nodes offer, in pixels; their inputs need a limit, the engine does not."""
@@ -76,7 +76,7 @@ class RestoreSettings:
         TILE_SIZE, "side of the VAE's tiles", optional=True, host_range=(MIN_TILE, LARGEST_HOST_TILE)
     )
     strength: float = real(
-        1.0, "how strongly the image acts, 0 is off", minimum=0.0, group="method", host_range=(0.0, 10.0)
+        1.0, "LQ conditioning strength; 0 disables it", minimum=0.0, group="method", host_range=(0.0, 10.0)
     )
     passes: int = whole(1, "reach the size in N equal steps", group="method")
     tile_grid: TileGridKind | str = choice(  # noqa: RUF009

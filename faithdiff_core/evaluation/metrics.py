@@ -129,7 +129,7 @@ def metric_names(names: Sequence[str], channel: Channel | None) -> list[str]:
 
 
 def available_metrics(names: Sequence[str], device: str) -> tuple[dict[str, Metric], dict[str, str]]:
-    """Find the metrics that can be had here.
+    """Find the metrics that are available here.
 
     Args:
         names: of metrics: those of this module, or any of pyiqa's.
@@ -156,7 +156,7 @@ def available_metrics(names: Sequence[str], device: str) -> tuple[dict[str, Metr
             found[name] = _pyiqa_metric(name, device)
         except MissingPackageError as error:
             missing[name] = str(error)
-        # pyiqa fetches weights in many ways, each with errors of its own; any of them means that the metric cannot
+        # pyiqa fetches weights in many ways, each with different errors; any of them means that the metric cannot
         # be had.
         except Exception as error:
             missing[name] = _reason(error)

@@ -47,7 +47,7 @@ PLUGINS = {
     "HEIF": ("pillow_heif", "pillow-heif", (".heic", ".heif", ".hif")),
     "JXL": ("pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
 }
-"""Formats that Pillow reads through a package of their own: its module, its name for pip, endings of the files."""
+"""Formats that Pillow reads through a separate package: its module, its name for pip, endings of the files."""
 
 _ALSO = ("MPO",)
 """Formats that come under another's ending: phones keep a depth map or a preview beside a photograph in a .jpg."""

@@ -39,7 +39,7 @@ class LoadedImage:
         grey: whether the file has no colours; the result will have none either.
         bits: per channel, 8 or 16.
         icc: colour profile that belongs to `colors` and goes into the result, or None.
-        notes: what a user should know: frames left out, a damaged profile.
+        notes: what a user should know: frames left out, a corrupted profile.
     """
 
     colors: Tensor

@@ -1,6 +1,6 @@
 """The alignment: how the LQ features join the U-Net.
 
-The condition embedding turns the LQ encoder's features into as many channels as the U-Net's first convolution gives;
+The condition embedding turns the LQ encoder's features into as many channels as the U-Net's conv_in gives;
 it depends on the image alone, so one result serves all steps. Two residual blocks then look at the U-Net's channels
 and the condition together, pixel by pixel, and what they find is added to the U-Net's features before its first block.
 
@@ -43,7 +43,7 @@ class AlignmentConfig:
     Attributes:
         feature_channels: channels of the LQ features (published: 512).
         condition_channels: channels of the embedded condition (320).
-        unet_channels: channels after the U-Net's first convolution (320).
+        unet_channels: channels of the U-Net's conv_in (320).
         mlp_channels: hidden width of the blocks' MLP (1280).
         layers: number of residual blocks (2).
     """
@@ -146,8 +146,8 @@ class Alignment(nn.Module):
 
     Args:
         config: the sizes; `AlignmentConfig.from_shapes` reads them off a file.
-        dtype: of the parameters.
-        device: of the parameters.
+        dtype: parameter dtype.
+        device: parameter device.
         operations: a namespace with `Conv2d`, `Linear`, `GroupNorm` and `LayerNorm`; `torch.nn`, or a host's own.
         folded: value and output projection as one matrix and the activation's slope within the MLP's weights (for
             inference), or as published (for training). The results are equal.
@@ -190,7 +190,7 @@ class Alignment(nn.Module):
         """What `forward` adds to `h` at strength 1.
 
         Args:
-            h: (B, unet_channels, height, width), what the U-Net's first convolution gives.
+            h: (B, unet_channels, height, width), the output of the U-Net's conv_in.
             condition: (B, condition_channels, height, width), or one row for all.
 
         Raises:
@@ -210,13 +210,13 @@ class Alignment(nn.Module):
         return self.proj(x).transpose(1, 2).reshape(rows, self.config.unet_channels, height, width)
 
     def forward(self, h: Tensor, condition: Tensor, strength: float | Tensor = 1.0, copies: int = 1) -> Tensor:
-        """Add what the LQ image has to say.
+        """Add the LQ-conditioned residual to `h`.
 
         Guidance sends the same latents through the U-Net several times in one batch, with different texts. Text enters
         later, so these copies are equal here: one residual is computed and serves all of them.
 
         Args:
-            h: (copies * B, unet_channels, height, width), what the U-Net's first convolution gives; copies of the
+            h: (copies * B, unet_channels, height, width), what the output of the U-Net's conv_in; copies of the
                 whole batch follow one another.
             condition: from `embed`, (B or 1, condition_channels, height, width).
             strength: factor on the residual, a number or one for each row of the batch; the number 0 is exactly off.
@@ -246,7 +246,7 @@ def from_published(
         published: tensors under the published names, complete.
         config: their sizes.
         folded: see `Alignment`. What is folded is computed in float32 at least, and rounded once.
-        dtype: of the result; the file's unless told.
+        dtype: dtype of the result. Defaults to the file's.
     """
     state: dict[str, Tensor] = {}
     width = config.width

@@ -1,7 +1,7 @@
 """The embedded LQ condition of tiles, kept across sampling steps.
 
 A tile's condition depends on the LQ image alone, so one embedding serves all steps. Images of many tiles would fill
-the memory with them; what does not fit a budget is embedded again each time it is needed, which costs about a percent
+the memory with them; conditions over the budget are recomputed each time they are needed, which costs about a percent
 of a U-Net call.
 """
 

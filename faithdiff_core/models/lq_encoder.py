@@ -1,8 +1,8 @@
 """The LQ encoder: the part of FaithDiff that reads the low-quality image.
 
 It has the architecture of the SDXL VAE's encoder up to and including the mid block (paper, section 3.2): without the
-output norm, the output convolution and the quantisation, so what comes out are the 512 channels that the alignment
-needs and not a latent. Parameter names are those of diffusers, as in the published file after `denoise_encoder.`.
+output norm, the output convolution and the quantization, so its output is the 512 channels that the alignment needs and
+not a latent. Parameter names are those of diffusers, as in the published file after `denoise_encoder.`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENCODER_TILE = 1024
 """Tile side in pixels that the published code encodes large images with."""
 
 ENCODER_OVERLAP = 0.25
-"""Real overlap of encoder tiles as a fraction of the tile side (stride 768 px at 1024 px)."""
+"""Overlap of encoder tiles as a fraction of the tile (stride 768 px at 1024 px)."""
 
 MAX_LEVELS = 8
 """Most levels, and most residual blocks of a level, that a file can have."""
@@ -171,8 +171,8 @@ class LQEncoder(nn.Module):
 
     Args:
         config: the sizes; `LQEncoderConfig.from_shapes` reads them off a file.
-        dtype: of the parameters.
-        device: of the parameters.
+        dtype: parameter dtype.
+        device: parameter device.
         operations: a namespace with `Conv2d`, `Linear` and `GroupNorm`; `torch.nn`, or a host's casting layers.
     """
 
@@ -236,10 +236,10 @@ class LQEncoder(nn.Module):
         Args:
             pixels: RGB in [-1, 1], (B, 3, H, W), on any device.
             tile: tile side in pixels, a multiple of `config.scale`; None encodes in one piece.
-            overlap: real overlap of neighbours as a fraction of the tile, 0 to 0.9.
+            overlap: overlap of neighbours as a fraction of the tile, 0 to 0.9.
             progress: called as progress(done, total) after each tile; may raise to cancel.
-            device: where to compute; the parameters' device unless told.
-            dtype: what to compute in; the parameters' dtype unless told.
+            device: device to compute on. Defaults to the parameters' device.
+            dtype: dtype to compute in. Defaults to the parameters' dtype.
 
         Returns:
             Features, (B, C, H / scale, W / scale), on the device of `pixels`, in `dtype`.

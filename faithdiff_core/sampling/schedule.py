@@ -26,7 +26,7 @@ class StartPoint(str, Enum):
     """What sampling starts from (the paper's inference strategy, supplement B.6)."""
 
     LR = "lr"
-    """Noise with a trace of the low-quality image's latent, as strong as at the last training step."""
+    """The LQ latent diffused to the last training timestep."""
 
     NOISE = "noise"
     """Noise alone."""

@@ -28,7 +28,7 @@ FORMAT_VERSION = "1"
 """Goes up when a converted file's names or layout change."""
 
 _REMAP_BYTES = 512 * 2**20
-"""After so many bytes the source is mapped anew: pages once read count as memory in use until their mapping ends."""
+"""The source is mapped again after this many bytes: pages once read count as memory in use until their mapping ends."""
 
 _SHA256_PLACEHOLDER = "0" * 64
 """Stands in the header until the source's SHA-256 is known; the digest has as many characters."""
@@ -57,7 +57,7 @@ def convert(
 
     Args:
         path: a file that holds U-Net, LQ encoder and alignment.
-        out_dir: where to write; beside the source unless told.
+        out_dir: folder to write to. Defaults to the source's.
         dtype: one of `DTYPES`, by name or as torch's.
         force: overwrite files that are there.
         progress: called as progress(done, total) in bytes; may raise to cancel.
@@ -173,7 +173,7 @@ def _is_mapped(path: Path) -> bool:
 
 @contextmanager
 def _hashing(path: Path) -> Iterator[Callable[[], str]]:
-    """Compute a file's SHA-256 on a thread of its own; gives a function that waits for it."""
+    """Compute a file's SHA-256 on a separate thread; returns a function that waits for it."""
     digest = hashlib.sha256()
     stop = threading.Event()
     failure: list[OSError] = []

@@ -122,8 +122,8 @@ class FaithDiffWeights:
         """Make the LQ encoder with the file's weights.
 
         Args:
-            dtype: of the parameters. Defaults to the file's, or to float16 for a file with 8 bits.
-            device: of the parameters. Defaults to the CPU.
+            dtype: parameter dtype. Defaults to the file's, or to float16 for a file with 8 bits.
+            device: parameter device. Defaults to the CPU.
             operations: see `LQEncoder`.
             assign: make the tensors themselves the parameters instead of copying their values; where nothing needs
                 to be cast, they stay mapped from the file.

@@ -39,7 +39,7 @@ devices each in its own thread. A global, so that guards see it."""
 
 
 class AlignmentPatch:
-    """Input-block patch that adds the alignment's residual after the U-Net's first convolution.
+    """Input-block patch that adds the alignment's residual after the U-Net's conv_in.
 
     Clones of a MODEL share it: it holds no state but conditions that are kept for what they were made of.
 
@@ -73,7 +73,7 @@ class AlignmentPatch:
         (The second argument's name is on purpose not ComfyUI's: guards on that one would be left out.)
         """
         if not torch.compiler.is_compiling():
-            # ComfyUI looks for an interruption once a step; a tile of a large image can take as long as a step.
+            # ComfyUI checks for interrupts once per step; a tile of a large image can take as long as a step.
             comfy.model_management.throw_exception_if_processing_interrupted()
         parts = _running.get(h.device)
         if parts is None or options["block"] != ("input", 0):

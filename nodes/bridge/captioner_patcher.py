@@ -1,4 +1,4 @@
-"""Captioners in the host's care: loaded, kept and unloaded like its own models."""
+"""Captioners managed by ComfyUI (ModelPatcher): loaded, kept and unloaded like its models."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ UNLIMITED = 1e32
 
 
 class _CaptionerPatcher(comfy.model_patcher.ModelPatcher):
-    """The host's patcher for modules that are not its own.
+    """ComfyUI's patcher for modules that are not its own.
 
     These work on one device, so they are loaded whole or not at all. Unloaded, they leave RAM, too: the device for what
-    is not in use is "meta", which keeps nothing. (Dropping the patcher itself must wait: the host walks through its
+    is not in use is "meta", which keeps nothing. (Dropping the patcher itself must wait: ComfyUI walks through its
     list of models while it unloads, and would lose its place.)
 
     Attributes:
@@ -47,15 +47,15 @@ class _CaptionerPatcher(comfy.model_patcher.ModelPatcher):
         return super().partially_load(device_to, UNLIMITED, *args, **kw)
 
     def partially_unload(self, *args: Any, **kw: Any) -> int:
-        return 0  # nothing was freed: the host unloads the whole model then
+        return 0  # nothing was freed: ComfyUI unloads the whole model then
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        self.freed = self.freed or unpatch_all  # else it is only moved within the host's list
+        self.freed = self.freed or unpatch_all  # else it is only moved within ComfyUI's list
         return super().detach(unpatch_all)
 
 
 class _CaptionerModule(nn.Module):
-    """What the patcher manages. Unlike transformers' models, it lets the host set its `device`."""
+    """What the patcher manages. Unlike transformers' models, it lets ComfyUI set its `device`."""
 
     def __init__(self, captioner: Captioner) -> None:
         super().__init__()
@@ -64,13 +64,13 @@ class _CaptionerModule(nn.Module):
 
 
 _kept: dict[tuple[str, str], _CaptionerPatcher] = {}
-"""The last captioner, by name and precision, as long as the host keeps it loaded."""
+"""The last captioner, by name and precision, as long as ComfyUI keeps it loaded."""
 
 
 def captioner_for(model: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     """The patcher of a captioner: the last one if it is the same, or a new one.
 
-    It is kept for as long as the host keeps it loaded. When the host makes room for other models, or is told to free
+    It is kept for as long as ComfyUI keeps it loaded. When ComfyUI makes room for other models, or is told to free
     its memory, it is gone from RAM, too.
     """
     key = (model, dtype)
@@ -93,7 +93,7 @@ def _load(source: str, dtype: str, allow_download: bool) -> _CaptionerPatcher:
     if needed > comfy.model_management.get_total_memory(device):
         logging.warning(
             f"FaithDiff Caption: {source} needs {needed / 1e9:.1f} GB, more than {device} has, and works on the "
-            f"processor (slow). A smaller model, or dtype fp16 or bf16, may fit."
+            f"CPU (slow). A smaller model, or dtype fp16 or bf16, may fit."
         )
         device = torch.device("cpu")
     return _CaptionerPatcher(
@@ -120,7 +120,7 @@ def resolve_model(name: str) -> str:
 def caption_images(
     patcher: _CaptionerPatcher, images: Tensor, prompt: str, max_new_tokens: int, temperature: float, seed: int
 ) -> list[str]:
-    """Describe images one by one with the host's memory management, progress and cancel.
+    """Describe images one by one with ComfyUI's memory management, progress and cancel.
 
     Args:
         patcher: from `captioner_for`.

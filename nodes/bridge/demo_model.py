@@ -1,7 +1,7 @@
-"""The demo model as models of the host.
+"""The demo model as ComfyUI models.
 
-The host tells models by their sizes, and does not know the demo model's. So its own classes are put together here with
-the sizes that the files show. All is kept in single precision: the demo model is small, and equals the engine so.
+ComfyUI recognizes models by their sizes, and does not know the demo model's. So its classes are built here with the
+sizes that the files show. Everything is kept in single precision: the demo model is small, and then equals the engine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SAMPLE = DEMO_FOLDER.parents[1] / "assets" / "noisy_cat.png"
 FAITHDIFF_FILE = "faithdiff.safetensors"
 
 TEXT_ENCODERS = {"clip_l": ("text_encoder", "tokenizer"), "clip_g": ("text_encoder_2", "tokenizer_2")}
-"""The host's names of SDXL's two text encoders, and diffusers' folders."""
+"""ComfyUI's names of SDXL's two text encoders, and diffusers' folders."""
 
 
 def load_demo(folder: Path = DEMO_FOLDER) -> tuple[ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE, AdapterModels]:
@@ -81,24 +81,24 @@ def _check_complete(folder: Path) -> None:
 
 
 def load_unet(folder: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """The MODEL without the alignment; also what the host calls again when it needs it in another form.
+    """The MODEL without the alignment; also what ComfyUI calls again when it needs it in another form.
 
     Args:
         folder: the demo model's.
-        disable_dynamic: the host's: make a MODEL without dynamic video memory.
+        disable_dynamic: ComfyUI's argument: make a MODEL without dynamic video memory.
 
     Raises:
         WeightsError: there is no U-Net in FaithDiff's file, or its attention heads differ in width.
     """
     weights = read_faithdiff(Path(folder) / FAITHDIFF_FILE)
     if weights.unet is None:
-        raise WeightsError(f"{weights.path.name} of the demo model holds no U-Net. Make it anew: demo/make_model.py.")
+        raise WeightsError(f"{weights.path.name} of the demo model holds no U-Net. Rebuild it with demo/make_model.py.")
     config = unet_config(weights.unet.config, _read_json(Path(folder) / "unet" / "config.json")["attention_head_dim"])
     supported = comfy.supported_models.SDXL(dict(config))
     supported.set_inference_dtype(torch.float32, None)
     offload_device = comfy.model_management.unet_offload_device()
     model = supported.get_model({}, "", device=offload_device)
-    # Looked up when called, as the host replaces the second one while it starts.
+    # Looked up when called, as ComfyUI replaces the second one while it starts.
     kind = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = kind(model, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
     names = comfy.utils.unet_to_diffusers(config)
@@ -109,14 +109,14 @@ def load_unet(folder: str, disable_dynamic: bool = False) -> ModelPatcher:
 
 
 def unet_config(sizes: UNetConfig, heads: int | list[int]) -> dict[str, Any]:
-    """A U-Net's sizes in the host's terms.
+    """A U-Net's sizes in ComfyUI's terms.
 
     Args:
         sizes: those of the file.
         heads: number of attention heads, of all levels or of each (diffusers' `attention_head_dim`).
 
     Raises:
-        WeightsError: heads of several widths, which the host cannot have.
+        WeightsError: heads of several widths, which ComfyUI cannot have.
     """
     channels, depths, layers = sizes.block_out_channels, sizes.transformer_depths, sizes.layers_per_block
     counts = heads if isinstance(heads, list) else [heads] * len(channels)
@@ -186,7 +186,7 @@ def _load_clip(folder: Path) -> comfy.sd.CLIP:
 
 
 class _TextModel(comfy.clip_model.CLIPTextModel):
-    """The host's CLIP with a vocabulary and a projection of the configuration's sizes; the host's are fixed."""
+    """ComfyUI's CLIP with a vocabulary and a projection of the configuration's sizes; ComfyUI's are fixed."""
 
     def __init__(self, config: dict[str, Any], dtype: torch.dtype, device: torch.device, operations: Any) -> None:
         super().__init__(config, dtype, device, operations)
@@ -199,7 +199,7 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
 
 
 class _TextEncoders(comfy.sdxl_clip.SDXLClipModel):
-    """Both text encoders, used as the host uses SDXL's."""
+    """Both text encoders, used as ComfyUI uses SDXL's."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, model_options: dict[str, Any]) -> None:
         from transformers import CLIPTokenizer
@@ -227,7 +227,7 @@ class _TextEncoders(comfy.sdxl_clip.SDXLClipModel):
 
 
 class _Tokenizers(comfy.sdxl_clip.SDXLTokenizer):
-    """Both tokenizers, used as the host uses SDXL's."""
+    """Both tokenizers, used as ComfyUI uses SDXL's."""
 
     def __init__(self, folder: Path, embedding_directory: Any, tokenizer_data: dict[str, Any]) -> None:
         for name, (encoder, tokenizer) in TEXT_ENCODERS.items():

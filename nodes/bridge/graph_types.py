@@ -21,7 +21,7 @@ CONDITION_KEY = "faithdiff_lq"
 
 @dataclass(frozen=True, eq=False)
 class AdapterModels:
-    """FAITHDIFF: the parts of a FaithDiff file that are not the U-Net, in the host's care.
+    """FAITHDIFF: the parts of a FaithDiff file that are not the U-Net, managed by ComfyUI (ModelPatcher).
 
     Attributes:
         name: the file's name, for messages.
@@ -39,7 +39,7 @@ class LQFeatures:
     """LQ_FEATURES: what the LQ encoder says about images.
 
     Attributes:
-        tensor: (B, C, h, w) on the host's intermediate device; h and w are the latent's.
+        tensor: (B, C, h, w) on ComfyUI's intermediate device; h and w are the latent's.
     """
 
     tensor: Tensor
@@ -66,7 +66,7 @@ class LQCondition:
     end_percent: float = 1.0
 
     def strength_at(self, sigma: float, model_sampling: Any) -> float:
-        """The strength at a noise level, with the host's meaning of start and end."""
+        """The strength at a noise level, with ComfyUI's meaning of start and end."""
         if self.start_percent > 0.0 and sigma > model_sampling.percent_to_sigma(self.start_percent):
             return 0.0
         if self.end_percent < 1.0 and sigma < model_sampling.percent_to_sigma(self.end_percent):

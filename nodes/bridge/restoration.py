@@ -168,7 +168,7 @@ def _check_finite(model: ModelPatcher, samples: Tensor) -> None:
     if not torch.isfinite(samples).all():
         dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
         raise NotFiniteError(
-            f"the result is not a number: the U-Net, computing in {dtype}, overflowed. Start ComfyUI with --bf16-unet "
+            f"the U-Net produced NaN or infinity in {dtype}. Start ComfyUI with --bf16-unet "
             f"or --fp32-unet, or choose weight_dtype bf16 or fp32 in FaithDiff Model Loader; a LoRA or a cfg that is "
             f"far too strong does it too."
         )

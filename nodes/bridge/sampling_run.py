@@ -29,7 +29,7 @@ class Tiling:
 
     Attributes:
         tile_size: tile side in pixels, a multiple of 8 from 64.
-        overlap: real overlap, 0 to 0.9.
+        overlap: overlap as a fraction of the tile, 0 to 0.9.
         tile_batch: tiles in one U-Net call; 0 for as many as fit.
         tile_grid: `fixed` or `moving`.
     """

@@ -10,13 +10,13 @@ import comfy.utils
 from comfy_execution.utils import get_executing_context
 
 StepCallback = Callable[[int, Any, Any, int], None]
-"""The host's: (step, denoised, x, total steps), called at the end of a step."""
+"""ComfyUI's: (step, denoised, x, total steps), called at the end of a step."""
 
 
 class TileProgress:
-    """Counts steps times tiles on the host's progress bar.
+    """Counts steps times tiles on ComfyUI's progress bar.
 
-    At the end of a step the host's own callback sets the bar and sends the preview, as always; this moves the bar
+    At the end of a step ComfyUI's callback sets the bar and sends the preview, as always; this moves the bar
     between. It never goes back: a sampler that asks the model twice in a step passes the same tiles again.
 
     Args:
@@ -32,7 +32,7 @@ class TileProgress:
         self._bar = comfy.utils.ProgressBar(steps * tiles)
 
     def callback(self, host: StepCallback) -> StepCallback:
-        """The host's callback (`latent_preview.prepare_callback`) with its steps stretched over the tiles."""
+        """ComfyUI's callback (`latent_preview.prepare_callback`) with its steps stretched over the tiles."""
 
         def at_step_end(step: int, x0: Any, x: Any, total_steps: int) -> None:
             self._step = max(self._step, min(step + 1, self._steps))
@@ -81,7 +81,7 @@ def show_text(text: str) -> None:
     context = get_executing_context()
     if context is None:
         return
-    # Here, not above: the host can run without a server, and its module is a large one.
+    # Here, not above: ComfyUI can run without a server, and its module is a large one.
     from server import PromptServer  # type: ignore[import-not-found]
 
     server = getattr(PromptServer, "instance", None)

@@ -1,4 +1,4 @@
-"""The published model's real size, with random weights: convert it, load what comes out, and run the U-Net once."""
+"""The published model's real size, with random weights: convert it, load the results, and run the U-Net once."""
 
 from __future__ import annotations
 

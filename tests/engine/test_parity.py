@@ -37,7 +37,7 @@ def case(request: pytest.FixtureRequest, golden: Any) -> dict[str, Any]:
     found = next(c for c in golden.manifest["cases"] if c["name"] == request.param)
     prefix = request.param + "."
     tensors = {key.removeprefix(prefix): v for key, v in golden.tensors.items() if key.startswith(prefix)}
-    # The recorded "overlap" is the published stride fraction; the real overlap is what remains.
+    # The recorded "overlap" is the published stride fraction; the fraction that tiles share is 1 minus that.
     return found | {"real_overlap": 1 - found["overlap"], "tensors": tensors}
 
 

@@ -92,7 +92,7 @@ def test_batching_changes_nothing(
     assert close(sample(pipeline, golden, text, [1], 100), apart[1:2])
 
 
-def test_conditions_that_do_not_fit_are_made_anew(
+def test_conditions_over_the_budget_are_recomputed(
     pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning
 ) -> None:
     kept = sample(pipeline, golden, text, [0], 4)
@@ -275,7 +275,7 @@ def test_other_models_schedulers_are_refused(pipeline: FaithDiffPipeline, name: 
 
 def test_a_step_past_the_table(pipeline: FaithDiffPipeline) -> None:
     pipeline.sdxl.scheduler = make_scheduler("ddim")
-    with pytest.raises(SettingsError, match="time step 1000, one past its table"):
+    with pytest.raises(SettingsError, match="timestep 1000, one past its table"):
         pipeline(photo(16, 16)[None], **QUICK | {"steps": 1000})
 
 
@@ -478,7 +478,7 @@ def test_adapter_alone_keeps_the_models_unet(tiny_sdxl: Path, golden: Any, tmp_p
         FaithDiffPipeline.from_files(tiny_sdxl, unet, device="cpu")
 
 
-def test_vae_of_ones_own(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_another_vae(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(tiny_sdxl, subfolder="vae")

@@ -497,7 +497,7 @@ def test_ctrl_c_cancels_on_the_server(restore: Any, server: Server, monkeypatch:
 
 
 def test_a_result_that_was_deleted(restore: Any, server: Server) -> None:
-    """It is named; another name saves it anew."""
+    """It is named; another name saves it again."""
     assert restore("photo.jpg", "-o", "gone.png", "--seed", "21", "--set", "SaveImage.filename_prefix=gone")[0] == 0
     for file in (server.base / "output").glob("gone*"):
         file.unlink()

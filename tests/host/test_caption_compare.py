@@ -313,7 +313,7 @@ def compare_page(browser: Page) -> Iterator[Page]:
 
 
 def shown_in_page(page: Page, count: int) -> list[str]:
-    """Addresses of the images in the node, once there are so many."""
+    """Addresses of the images in the node, once there are that many."""
     end = time.monotonic() + 20
     while len(shown := page.script(SHOWN)) != count and time.monotonic() < end:
         time.sleep(0.1)

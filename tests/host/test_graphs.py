@@ -21,7 +21,7 @@ def setup(host: Host) -> Setup:
 
 
 def image(graph: Graph, **kw: Any) -> Node:
-    """An image; 128 x 128 and random unless told."""
+    """An image. Defaults to a random one of 128 x 128."""
     return graph.add("TestImage", **({"kind": "random", "width": 128, "height": 128, "batch": 1, "seed": 0} | kw))
 
 

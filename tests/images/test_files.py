@@ -292,7 +292,7 @@ class TestProfiles:
         if bits == 16:
             assert torch.allclose(back.colors, loaded.colors, atol=1e-5)
 
-    def test_a_damaged_profile_is_told(self, tmp_path: Path) -> None:
+    def test_a_corrupted_profile_is_noted(self, tmp_path: Path) -> None:
         values = _noise(4, 4, 3)
         loaded = load_image(_saved(tmp_path, Image.fromarray(values), icc_profile=b"nonsense" * 40))
         assert "colour profile is corrupted" in loaded.notes[0]

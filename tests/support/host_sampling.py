@@ -103,7 +103,7 @@ class Setup:
 
 
 def load(host: Host, name: str = GOLDEN_FILE, **kw: Any) -> Setup:
-    """Load the tiny FaithDiff; `model` and `unet_strength` as in the loader, the golden U-Net unless told."""
+    """Load the tiny FaithDiff; `model` and `unet_strength` as in the loader. Defaults to the golden U-Net."""
     settings: dict[str, Any] = {"weight_dtype": "default", "unet_strength": 1.0} | kw
     if "model" not in settings:
         settings["model"] = host.call("TestModel")[0]

@@ -100,7 +100,7 @@ class TestDamage:
         os.truncate(path, path.stat().st_size // 2)
         _refused(path, "this torch file is corrupted")
 
-    def test_damaged_safetensors_header(self, tmp_path: Path) -> None:
+    def test_corrupted_safetensors_header(self, tmp_path: Path) -> None:
         path = tmp_path / "FaithDiff.safetensors"
         path.write_bytes(struct.pack("<Q", 16) + b'{"a": nonsense}}' + bytes(64))
         _refused(path, "the header of this safetensors file is corrupted")
@@ -345,7 +345,7 @@ class TestImages:
         with pytest.raises(ImageError, match=f"{name} is (corrupted or truncated|not an image)"):
             load_image(path)
 
-    def test_damaged_16_bits(self, tmp_path: Path) -> None:
+    def test_corrupted_16_bits(self, tmp_path: Path) -> None:
         import cv2
 
         path = tmp_path / "a.png"

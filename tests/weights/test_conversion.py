@@ -100,7 +100,7 @@ def test_converted_from_safetensors_is_the_same(published: Path, state: dict[str
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_mapping_anew_changes_nothing(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mapping_again_changes_nothing(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = [path.read_bytes() for path in convert(published, tmp_path / "a")]
     monkeypatch.setattr(sys.modules[convert.__module__], "_REMAP_BYTES", 2_000_000)
     assert [path.read_bytes() for path in convert(published, tmp_path / "b")] == whole

@@ -23,7 +23,7 @@ from .installation import PACKS, READY_SECONDS, RUN_SECONDS, TOOLS, HostError, p
 
 
 class Server:
-    """ComfyUI's own server on a private base directory, with this pack and the test pack unless told otherwise.
+    """ComfyUI's own server on a private base directory, with this pack and the test pack by default.
 
     Args:
         path: the ComfyUI folder.
