@@ -627,7 +627,7 @@ def test_sdxls_own_vae_stays_in_full_precision(tiny_sdxl: Path, golden: Any, tmp
         ({"seed": [1, 2]}, "seed: expected one number or 1, one for each image, got 2"),
         ({"prompt": ["a", "b"]}, "prompt: expected one text or 1, one for each image, got 2"),
         ({"noise": torch.zeros(1, 4, 3, 3)}, r"noise must have the shape \(1, 4, 4, 4\)"),
-        ({"noise": torch.zeros(1, 4, 4, 4), "passes": 2}, "a single pass"),
+        ({"noise": torch.zeros(1, 4, 4, 4), "passes": 2}, "requires a batched tensor"),
         ({"prompt_embeds": torch.zeros(1, 77, 64)}, "belong together"),
         (
             {"prompt_embeds": torch.zeros(1, 77, 64), "pooled_prompt_embeds": torch.zeros(1, 64)},
