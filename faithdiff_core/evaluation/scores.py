@@ -28,7 +28,7 @@ class Evaluation:
     """Scores of a set of results.
 
     Attributes:
-        metrics: names of the metrics that could be had, in order.
+        metrics: names of the available metrics, in order.
         scores: for each image by name, its scores in that order; NaN for a metric of whole folders.
         missing: for each metric that could not be had, why.
         whole: for each metric of whole folders, its score.

@@ -75,7 +75,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.huggingface is None):
-            raise SettingsError("give either `folder` or `huggingface`, not both and not neither.")
+            raise SettingsError("set exactly one of `folder` and `huggingface`.")
         if self.lq_folder is not None and self.folder is None:
             raise SettingsError("`lq_folder` holds the partners of the images in `folder`; give both.")
         if self.size % 8 or self.size < 32:
@@ -98,7 +98,7 @@ class StageConfig:
 
     Attributes:
         stage: 1 trains the alignment parts alone; 2 the LQ encoder, the U-Net and the alignment jointly.
-        steps: number of optimiser steps.
+        steps: number of optimizer steps.
         learning_rate: of the alignment, and in stage 2 of the U-Net (or its LoRA).
         lq_learning_rate: of the LQ encoder, in stage 2.
         warmup: steps over which the rates rise; then they fall along a cosine.
@@ -151,7 +151,7 @@ class ValidationConfig:
     """Sample images during training.
 
     Attributes:
-        folder: high-quality images; each is cropped at the centre and degraded with a seed of its own.
+        folder: high-quality images; each is cropped at the centre and degraded with its own seed.
         every: steps between two samplings.
         count: how many of the images.
         steps: Euler steps of a sampling.
@@ -175,10 +175,10 @@ class TrainConfig:
         base: an SDXL model as a diffusers folder (unet, vae, text encoders, tokenizers).
         output: folder for checkpoints, logs, samples and the finished files.
         data: the training images.
-        init: a FaithDiff file to go on from (full or adapter); without it, the LQ encoder is copied from the VAE's.
+        init: a FaithDiff file to start from (full or adapter); without it, the LQ encoder is copied from the VAE's.
         stages: what is trained, in this order.
         batch: images on each device at a time; the published total is 256.
-        draws: time steps and noises drawn for each image of a batch, spread over the schedule; more than the
+        draws: timesteps and noises drawn for each image of a batch, spread over the schedule; more than the
             published 1 give a steadier gradient for little, where encoding images is what costs.
         accumulate: batches whose gradients are added up for one step. Defaults to accelerate's, which is 1 where
             nothing is said.
@@ -198,7 +198,7 @@ class TrainConfig:
         gradient_checkpointing: compute activations of the U-Net and the LQ encoder twice instead of keeping them.
         lora: train LoRA instead of the whole U-Net in stage 2.
         checkpoint_every, keep: steps between checkpoints, and how many of them stay.
-        resume: go on from the newest checkpoint in `output`, if there is one.
+        resume: continue from the newest checkpoint in `output`, if there is one.
         log_every: steps between two log lines; `tensorboard` writes them for TensorBoard too.
         validation: sample images during training.
     """

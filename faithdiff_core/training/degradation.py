@@ -42,7 +42,7 @@ class Pass:
         resize: range of the scale factor.
         resize_weights: how often it goes up, down, or keeps its size.
         gaussian_probability: how often the noise is Gaussian; Poisson otherwise.
-        gaussian_sigma: of 255.
+        gaussian_sigma: in 8-bit units (0-255).
         poisson_scale: factor on Poisson noise.
         grey_probability: how often the noise is the same in all channels.
         jpeg_quality: 1 to 100.

@@ -19,7 +19,7 @@ from ..weights.faithdiff_file import ENCODER_PREFIX, read_faithdiff
 from .config import LoraConfig, StageConfig
 
 CAPTIONS_KEPT = 4096
-"""How many encoded captions are kept; a data set with more of them encodes the others anew."""
+"""How many encoded captions are kept; a data set with more of them encodes the others each time."""
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class TrainableModel(nn.Module):
             parameter.data = parameter.data.to(torch.float32 if "lora_" in name else frozen_dtype)
 
     def select(self, stage: StageConfig, lora: bool) -> list[dict[str, Any]]:
-        """Freeze and thaw parameters for a stage, and group those that learn for the optimiser.
+        """Set `requires_grad` for a stage and return the optimizer's parameter groups.
 
         Args:
-            stage: 1 thaws the alignment; 2 the LQ encoder and the U-Net (or its LoRA) too.
+            stage: 1 trains the alignment; 2 also the LQ encoder and the U-Net (or its LoRA).
             lora: whether the U-Net's own weights stay frozen.
         """
         self.requires_grad_(False)
@@ -236,11 +236,11 @@ def lq_encoder_from_vae(vae_state: Mapping[str, Tensor]) -> LQEncoder:
 
 
 def new_alignment(feature_channels: int, unet_channels: int) -> Alignment:
-    """An alignment that does nothing yet: the last layers of the embedding and of the whole are zero.
+    """A zero-initialized alignment: the last layers of the embedding and of the whole are zero.
 
     Args:
         feature_channels: of the LQ encoder.
-        unet_channels: after the U-Net's first convolution.
+        unet_channels: channels of the U-Net's conv_in.
     """
     config = AlignmentConfig(
         feature_channels=feature_channels,
@@ -338,7 +338,7 @@ def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenMo
 
     Args:
         base: an SDXL model as a diffusers folder.
-        init: a FaithDiff file to go on from, or None for the start of Algorithm 1.
+        init: a FaithDiff file to start from, or None for the start of Algorithm 1.
 
     Raises:
         MissingPackageError: diffusers or transformers are not installed.

@@ -40,7 +40,7 @@ class SampleSettings:
         noise_offset: standard deviation of the constant on each channel's noise.
         latent_channels: of the VAE.
         latent_scale: pixels per latent along a side.
-        draws: time steps and noises for each image.
+        draws: timesteps and noises for each image.
     """
 
     seed: int
@@ -263,7 +263,7 @@ class StepBatches(Sampler[list[int]]):
     """The sample numbers of this process's batches, step by step.
 
     Args:
-        first_step, last_step: half-open range of optimiser steps, counted through the whole run.
+        first_step, last_step: half-open range of optimizer steps, counted through the whole run.
         batch: samples in each batch.
         accumulate: batches in each step.
         process, processes: this process's number, and how many there are.
@@ -286,7 +286,7 @@ class StepBatches(Sampler[list[int]]):
 
 
 def validation_pairs(folder: Path, count: int, config: DataConfig, seed: int) -> list[tuple[Tensor, Tensor]]:
-    """Fixed pairs for sample images: centre crops, each degraded with a seed of its own.
+    """Fixed pairs for sample images: centre crops, each degraded with its own seed.
 
     Returns:
         (hq, lq) of (3, size, size) each, in [-1, 1].
