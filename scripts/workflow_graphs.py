@@ -373,7 +373,7 @@ class Blueprint:
         name: the node's name.
         category: where the page lists it.
         inputs: (name, node's key, input) of everything that can be set or connected from outside, in order.
-        outputs: (name, link) of what comes out.
+        outputs: (name, link) of the outputs.
     """
 
     graph: Graph

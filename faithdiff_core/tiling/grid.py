@@ -120,7 +120,7 @@ class TileGrid:
     """The sampler's tiles over a latent.
 
     Tiles run row by row. Because the grid is a product of rows and columns and the weights are one too, the weights are
-    normalised along each side: they add up to 1 everywhere, so merging is a plain sum into one tensor, with no
+    normalized along each side: they add up to 1 everywhere, so merging is a plain sum into one tensor, with no
     tensor of counts and no division.
 
     Args:
@@ -179,11 +179,11 @@ class TileGrid:
 
     @cached_property
     def _row_weights(self) -> Tensor:
-        return _normalised(self.rows, gaussian_window(self.tile_height, self.tile_height / 2), self.height)
+        return _normalized(self.rows, gaussian_window(self.tile_height, self.tile_height / 2), self.height)
 
     @cached_property
     def _column_weights(self) -> Tensor:
-        return _normalised(self.columns, gaussian_window(self.tile_width, (self.tile_width - 1) / 2), self.width)
+        return _normalized(self.columns, gaussian_window(self.tile_width, (self.tile_width - 1) / 2), self.width)
 
     def weights(
         self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
@@ -210,7 +210,7 @@ class TileGrid:
         tile.crop(out).addcmul_(result.to(out.dtype), self.weights(tile, out.device, out.dtype))
 
 
-def _normalised(starts: list[int], window: Tensor, length: int) -> Tensor:
+def _normalized(starts: list[int], window: Tensor, length: int) -> Tensor:
     """Windows at `starts`, (tiles, n), scaled so that they add up to 1 at each of the `length` positions."""
     total = torch.zeros(length, dtype=torch.float64)
     for start in starts:

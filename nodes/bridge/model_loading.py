@@ -1,4 +1,4 @@
-"""FaithDiff's weights as models of the host: patchers that it loads, offloads and casts like its own."""
+"""FaithDiff's weights managed by ComfyUI (ModelPatcher): loaded, offloaded and cast like its models."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ UNET_KEY_PREFIX = "diffusion_model."
 
 
 def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
-    """Make a MODEL of a FaithDiff file's U-Net with the host's own loader.
+    """Make a MODEL of a FaithDiff file's U-Net with ComfyUI's loader.
 
-    Also what the host calls again when it needs the same MODEL in another form (`cached_patcher_init`).
+    Also what ComfyUI calls again when it needs the same MODEL in another form (`cached_patcher_init`).
 
     Args:
         path: a file with a U-Net.
         weight_dtype: a key of `WEIGHT_DTYPES`.
-        disable_dynamic: the host's: make a MODEL without dynamic video memory.
+        disable_dynamic: ComfyUI's argument: make a MODEL without dynamic video memory.
 
     Raises:
-        WeightsError: the U-Net is not one that the host knows.
+        WeightsError: the U-Net is not one that ComfyUI knows.
     """
     weights = read_faithdiff(path)
     if weights.unet is None:
@@ -242,7 +242,7 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
         faithdiff: the model.
         pixels: (B, H, W, 3) in [0, 1], sides multiples of 8.
         tile_size: tile side in pixels.
-        overlap: real overlap of tiles.
+        overlap: overlap as a fraction of the tile.
 
     Returns:
         Features (B, C, H / 8, W / 8) on ComfyUI's intermediate device.
@@ -259,7 +259,7 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
             "image through FaithDiff Prepare Image first: it pads, and FaithDiff Finish Image crops back."
         )
     patcher = faithdiff.lq_encoder
-    # What the host allows its own VAEs, whose encoder has the same architecture: half precision overflows there.
+    # What ComfyUI allows its own VAEs, whose encoder has the same architecture: half precision overflows there.
     dtype = comfy.model_management.vae_dtype(patcher.load_device, [torch.bfloat16, torch.float32])
     height, width = (min(side, tile_size) for side in pixels.shape[1:3])
     comfy.model_management.load_models_gpu([patcher], memory_required=_encode_memory(height, width, dtype))
@@ -271,5 +271,5 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
 
 
 def _encode_memory(height: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes that encoding one tile takes: the host's own estimate for the encoder of SDXL's VAE."""
+    """Bytes that encoding one tile takes: ComfyUI's estimate for the encoder of SDXL's VAE."""
     return 1767 * height * width * dtype.itemsize
