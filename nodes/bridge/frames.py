@@ -39,7 +39,7 @@ def prepare(
     alpha: Tensor | None = None
     if mask is not None:
         mask = _checked_mask(mask, image)
-        # A mask of another size (Load Image gives 64 x 64 zeros without one) is taken as a picture of transparency.
+        # A mask of another size (Load Image gives 64 x 64 zeros without one) is taken as an image of the transparency.
         alpha = 1.0 - resize_lanczos(mask.unsqueeze(1), *image.shape[1:3]).to(image)
         alpha = alpha.expand(image.shape[0], -1, -1, -1)
     elif image.shape[-1] == 4:
