@@ -7,6 +7,7 @@ from pathlib import Path
 
 import comfy_host
 import pytest
+from support.other_packs import FOLDER_VARIABLE, NO_PACKS, packs_folder
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,6 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         found = comfy_host.find_host()
     except comfy_host.HostError as error:
         raise pytest.UsageError(str(error)) from error
+    # Other packs change the host that the tests of this process share, so what loads them comes last.
+    items.sort(key=lambda item: "packs" in getattr(item, "fixturenames", ()))
     for item in mine:
         fixtures = getattr(item, "fixturenames", ())
         if found is None:
@@ -30,6 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif "browser" in fixtures and comfy_host.find_browser() is None:
             _missing.add(comfy_host.NO_BROWSER)
             item.add_marker(pytest.mark.skip(reason="no Chromium, chromedriver or selenium found"))
+        elif "packs" in fixtures and packs_folder() is None:
+            _missing.add(NO_PACKS)
+            item.add_marker(pytest.mark.skip(reason=f"{FOLDER_VARIABLE} is not set"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -50,6 +56,14 @@ def host_path() -> Path:
 def host(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> comfy_host.Host:
     """ComfyUI in this process, started once."""
     return comfy_host.Host(host_path, tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="session")
+def packs() -> Path:
+    """The folder with clones of other packs; a test that loads them has to ask for it."""
+    folder = packs_folder()
+    assert folder is not None  # without one the test was skipped
+    return folder
 
 
 @pytest.fixture(scope="module")
