@@ -304,7 +304,7 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
         vae.first_stage_model.decoder.conv_out.bias.fill_(float("inf"))
     expect(
         host,
-        "computing in float32, overflowed. Use the fp16-fix VAE",
+        "produced NaN or infinity in float32. Use the fp16-fix VAE",
         "FaithDiffTiledVAEDecode",
         samples=latent,
         **decode,

@@ -192,3 +192,12 @@ class TestMake:
         assert os.access(script, os.X_OK)
         lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
         assert lines == ["set -eu", 'cd "$(dirname "$0")/.."', "exec make test"]
+
+
+def test_public_names_are_there_and_documented() -> None:
+    for name in faithdiff_core.__all__:
+        value = getattr(faithdiff_core, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(faithdiff_core.__all__) <= set(dir(faithdiff_core))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = faithdiff_core.nothing
