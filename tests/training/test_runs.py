@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -270,6 +271,32 @@ def test_the_set_up_is_said_and_written(make: Make, caplog: pytest.LogCaptureFix
     optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"].values()
     moments = sum(s[name].numel() * 4 for s in optimizer for name in ("exp_avg", "exp_avg_sq"))
     assert setup["memory"]["optimizer"] == moments
+
+
+def test_a_file_stops_a_run_once(make: Make) -> None:
+    config = make(checkpoint_every=100)
+    original = loop.Run._after_step
+
+    def ask(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        (config.output / "stop").touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Run, "_after_step", ask)
+        stopped = train(config)
+    assert not stopped.finished
+    assert _names(config.output) == ["stage00-00000001"]
+    assert train(config).finished  # the file of before does not stop it again
+
+
+def test_fsdp_takes_a_stage_a_run_without_averages(make: Make) -> None:
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(value="FSDP"), gradient_accumulation_steps=1)
+    with pytest.raises(SettingsError, match="set `ema: 0`"):
+        check_accelerator(accelerator, make(ema=0.9), {})
+    with pytest.raises(SettingsError, match="each stage a run of its own"):
+        check_accelerator(accelerator, make(ema=0), {})
+    one = make(ema=0, accumulate=1)
+    check_accelerator(accelerator, dataclasses.replace(one, stages=one.stages[:1]), {})
 
 
 def test_precision_and_accumulation_have_one_source(make: Make) -> None:
