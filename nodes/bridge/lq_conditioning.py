@@ -14,7 +14,8 @@ Conditioning = list[list[Any]]
 NO_ALIGNMENT = (
     "FaithDiff: the conditioning carries LQ features, but this MODEL has no alignment to use them. Connect the MODEL "
     "that FaithDiff Model Loader gives (in a merge of models, as the first one), or conditionings that did not pass "
-    "through FaithDiff Conditioning."
+    "through FaithDiff Conditioning. If that is so already, a node behind the loader predicts with a copy of the "
+    "MODEL's options (Automatic CFG's attention modifiers do): take it out."
 )
 
 

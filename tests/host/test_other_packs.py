@@ -225,6 +225,19 @@ def test_tiled_diffusion(
     assert torch.isfinite(out).all()
 
 
+def test_sliding_window_guidance(
+    packs: Path, pack: Callable[[str], set[str]], host: Host, values: Values, ours: Any
+) -> None:
+    """It predicts windows of the latent within the guidance: told to make way."""
+    pack("sd-perturbed-attention")
+    setup, name = values.setup, "SlidingWindowGuidanceAdvanced"
+    windows = {"tile_width": 64, "tile_height": 64, "tile_overlap": 32, "sigma_start": -1.0, "sigma_end": -1.0}
+    model = host.call(name, **defaults(host, name) | windows | {"model": setup.model})[0]
+    empty = {"samples": torch.zeros(1, 4, HEIGHT // 8, WIDTH // 8)}
+    with pytest.raises(ours, match=r"FaithDiff Tiled Diffusion"):
+        sample(setup.cfg_guider(model, *values.conds(None), 4.0), empty, noise(empty, "A"), SIGMAS)
+
+
 def quarters(batch: int = 1) -> Tensor:
     """An image of four of the tiles that Ultimate SD Upscale makes below."""
     return images(256, 256, batch, seed=3)
@@ -271,7 +284,8 @@ def test_impact_detailer(packs: Path, pack: Callable[[str], set[str]], host: Hos
         given = {"image": quarters(), "segs": ((256, 256), [face(64, 64, 192, 192)]), "model": model, "clip": clip}
         given |= {"vae": vae, "positive": conds[0], "negative": conds[1], "guide_size": guide, "max_size": guide}
         steps = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 0.5}
-        more = {"guide_size_for": True, "force_inpaint": True, "noise_mask": True, "wildcard": "", "cycle": 1}
+        # Without feathers: for those it calls a function that ComfyUI no longer has.
+        more = {"force_inpaint": True, "wildcard": "", "cycle": 1, "feather": 0, "noise_mask_feather": 0}
         out: Tensor = host.call(name, **defaults(host, name) | given | steps | more)[0]
         return out
 

@@ -135,7 +135,7 @@ def gguf_model(host: Host, state: dict[str, Tensor]) -> tuple[Any, dict[str, Ten
         else:
             packed[key] = ops.GGMLTensor(value.clone(), tensor_type=kinds.F32, tensor_shape=value.shape)
             plain[key] = value
-    config = importlib.import_module("comfy.supported_models").SDXL(dict(host.testpack.models.UNET_CONFIG))
+    config = importlib.import_module("comfy.supported_models").SDXL(dict(host.testpack.models.GOLDEN_UNET))
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = ops.GGMLOps()
     model = config.get_model({}, "", device=torch.device("cpu"))
