@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .bridge.demo_model import load_demo, load_sample
 from .bridge.graph_types import FaithDiffType
 from .errors import named_errors
 from .inputs import CATEGORY
@@ -40,4 +39,7 @@ class FaithDiffDemoModels(io.ComfyNode):
     @classmethod
     @named_errors
     def execute(cls) -> io.NodeOutput:
+        # Here, not above: few start ComfyUI for the demo, and it takes as long to import as all other nodes together.
+        from .bridge.demo_model import load_demo, load_sample
+
         return io.NodeOutput(*load_demo(), load_sample())

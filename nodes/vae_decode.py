@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .bridge.vae_tiles import decode_in_tiles
 from .errors import named_errors
 from .inputs import CATEGORY, check_tiles, setting_input
 
@@ -49,4 +48,6 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
     @classmethod
     @named_errors
     def execute(cls, samples: dict[str, Any], vae: VAE, tile_size: int, overlap: float) -> io.NodeOutput:
+        from .bridge.vae_tiles import decode_in_tiles
+
         return io.NodeOutput(decode_in_tiles(vae, samples["samples"], tile_size, overlap))
