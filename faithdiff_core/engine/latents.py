@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFiniteError
+from ..finite import is_finite
 from ..sdxl import VAE_SCALE_FACTOR
 from ..vae.decoder_stages import parts_from_diffusers
 from ..vae.tiled_decode import decode_tiled
@@ -81,7 +82,7 @@ def decode_latent(
 
 
 def _finite(vae: Any, x: Tensor, what: str) -> Tensor:
-    if torch.isfinite(x).all():
+    if is_finite(x):
         return x
     raise _overflow(vae, what)
 

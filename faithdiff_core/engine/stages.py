@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError
+from ..finite import is_finite
 from ..models.alignment import Alignment
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
 from .denoiser import TiledDenoiser
@@ -194,7 +195,7 @@ class Stages:
         extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
         with self._on_device(self.alignment), denoiser.hook.on(self.sdxl.unet):
             x = run_scheduler(scheduler, denoiser, x, **extra)
-        if not torch.isfinite(x).all():
+        if not is_finite(x):
             raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
         return x
 

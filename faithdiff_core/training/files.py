@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import NotFiniteError
+from ..finite import is_finite
 from .averages import AveragedWeights, full_precision
 from .checkpoints import saving
 from .config import TrainConfig
@@ -126,4 +127,4 @@ def _write(path: Path, tensors: dict[str, Tensor], precision: str) -> Path:
 
 def first_not_finite(named: Sequence[tuple[str, Tensor]]) -> str | None:
     """The name of the first tensor with a value that is NaN or infinite, or None."""
-    return next((name for name, tensor in named if not bool(torch.isfinite(tensor).all())), None)
+    return next((name for name, tensor in named if not is_finite(tensor)), None)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import NotFiniteError, SettingsError
+from ..finite import is_finite
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, Progress
 from ..tiling.grid import check_overlap, check_tile_size, tile_stride
 from .chunks import Chunk, Interval, SampledCrops, SomeChunk, activations_of, halo_of, split_into_cores
@@ -323,7 +324,7 @@ def decode_tiled(
         raise SettingsError(
             f"Expected latents of shape (batch, {parts.latent_channels}, height, width), got {tuple(latents.shape)}."
         )
-    if not _finite(latents):
+    if not is_finite(latents):
         raise SettingsError(
             "The latents are not finite (they contain NaN or infinity), so there is no image to decode. "
             "They come from the sampler: run the model in another precision (bfloat16 or float32)."
@@ -351,14 +352,9 @@ def decode_tiled(
             tick(1)
         else:
             decode(z, out[image])
-        if not _finite(out[image]):
+        if not is_finite(out[image]):
             raise _not_finite(dtype)
     return out
-
-
-def _finite(x: Tensor) -> bool:
-    """Whether all values are finite, found without a copy of x: NaN passes through minimum and maximum."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 def _not_finite(dtype: torch.dtype) -> NotFiniteError:

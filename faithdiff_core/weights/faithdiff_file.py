@@ -6,7 +6,6 @@ they are used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..dtypes import READABLE_DTYPES, dtype_name
 from ..errors import SettingsError, WeightsError
+from ..finite import is_finite
 from ..models.alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, from_published
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..models.shapes import Shape
@@ -165,18 +165,6 @@ class FaithDiffWeights:
                 f"{self.path.name} holds only {listing(sorted(self.parts))}, but the {name} is needed. {REDOWNLOAD}"
             )
         return part
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinite value."""
-    if not tensor.numel():
-        return True
-    if tensor.dtype.itemsize > 1:
-        low, high = torch.aminmax(tensor)  # both are NaN if one value is; much faster than `isfinite`
-        return math.isfinite(low.item()) and math.isfinite(high.item())
-    # torch computes nothing in 8 bits: the largest exponent, with any fraction or with all of it, is not finite.
-    limit = 0x7F if tensor.dtype == torch.float8_e4m3fn else 0x7C
-    return int((tensor.view(torch.uint8) & 0x7F).amax()) < limit
 
 
 def _default_dtype(tensor: Tensor) -> torch.dtype:

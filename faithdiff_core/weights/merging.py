@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..dtypes import DTYPES
 from ..errors import SettingsError, WeightsError
+from ..finite import is_finite
 from ..models.shapes import Shape
-from .faithdiff_file import foreign_kind, is_finite
+from .faithdiff_file import foreign_kind
 from .messages import listing
 from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
 from .sdxl_names import diffusers_names

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...faithdiff_core.errors import ImageError, SettingsError
+from ...faithdiff_core.finite import is_finite
 from .graph_types import AdapterModels, LQFeatures, LQFrame
 
 _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -67,7 +68,7 @@ def _check_pixels(values: Tensor, name: str) -> None:
         raise ImageError(f"{name} is empty: it has the shape {tuple(values.shape)}. Check what it comes from.")
     if not values.is_floating_point():
         raise ImageError(f"{name} must have floating-point values from 0 to 1, got {values.dtype}.")
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise ImageError(f"{name} has values that are NaN or infinite. The node that it comes from went wrong.")
 
 

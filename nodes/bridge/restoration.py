@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...faithdiff_core.errors import NotFiniteError, SettingsError
+from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
 from ...faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from .alignment_patch import find_patch
@@ -165,7 +166,7 @@ def _starting_noise(model: ModelPatcher, start: StartPoint, samples: Tensor, noi
 
 
 def _check_finite(model: ModelPatcher, samples: Tensor) -> None:
-    if not torch.isfinite(samples).all():
+    if not is_finite(samples):
         dtype = str(model.model.get_dtype_inference()).removeprefix("torch.")
         raise NotFiniteError(
             f"the U-Net produced NaN or infinity in {dtype}. Start ComfyUI with --bf16-unet "
