@@ -29,37 +29,35 @@ class Command:
 
     Attributes:
         summary: one line for the list of commands.
-        module: its module, below this package's parent.
-        name: `add_<name>_arguments` declares and `run_<name>` runs; without a name `add_arguments` and `run`.
+        module: its module in this package: `add_arguments` declares and `run` runs.
         extra: the extra of pyproject.toml that installs what it needs.
     """
 
     summary: str
     module: str
-    name: str = ""
     extra: str = "engine"
 
     @property
     def add_arguments(self) -> Callable[[argparse.ArgumentParser], None]:
-        return self._function(f"add_{self.name}_arguments" if self.name else "add_arguments")
+        return self._function("add_arguments")
 
     @property
     def run(self) -> Callable[[argparse.Namespace], int]:
-        return self._function(f"run_{self.name}" if self.name else "run")
+        return self._function("run")
 
     def _function(self, name: str) -> Any:
-        return getattr(importlib.import_module(f"..{self.module}", __package__), name)
+        return getattr(importlib.import_module(f".{self.module}", __package__), name)
 
 
 COMMANDS = {
-    "restore": Command("restore images with an SDXL checkpoint and FaithDiff", "cli.restore"),
-    "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "cli.convert", "convert"),
-    "merge": Command("add what FaithDiff learned to an SDXL checkpoint of your own", "cli.merge", "merge"),
-    "info": Command("say what a weights file is and what it holds", "cli.info", "info"),
-    "train": Command("train FaithDiff, or a LoRA for it", "cli.train", "train", "train"),
-    "caption": Command("write a caption beside each image of a folder", "cli.caption"),
-    "degrade": Command("make low-quality images as for training", "cli.degrade", "degrade", "train"),
-    "evaluate": Command("score restored images", "cli.evaluate", extra="metrics"),
+    "restore": Command("restore images with an SDXL checkpoint and FaithDiff", "restore"),
+    "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "convert"),
+    "merge": Command("add what FaithDiff learned to an SDXL checkpoint of your own", "merge"),
+    "info": Command("say what a weights file is and what it holds", "info"),
+    "train": Command("train FaithDiff, or a LoRA for it", "train", extra="train"),
+    "caption": Command("write a caption beside each image of a folder", "caption"),
+    "degrade": Command("make low-quality images as for training", "degrade", extra="train"),
+    "evaluate": Command("score restored images", "evaluate", extra="metrics"),
 }
 
 

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FaithDiffError: no images, or no such model.
     """
+    from ..atomic import write_atomically
     from ..captions.captioner import load_captioner
     from ..images.reading import load_image
-    from ..images.writing import write_atomically
     from ..training.data import list_images
 
     files = list_images(args.folder)

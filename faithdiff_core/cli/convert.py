@@ -12,7 +12,7 @@ from ..weights.conversion import convert
 from .progress_line import ProgressLine
 
 
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `convert`."""
     parser.description = (
         "Split a FaithDiff file into NAME_unet.safetensors, which loads as any SDXL U-Net does, and\n"
@@ -27,7 +27,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def run_convert(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Convert, and name the files written.
 
     Raises:

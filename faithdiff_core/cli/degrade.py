@@ -23,7 +23,7 @@ from ..training.yaml_config import build, read_yaml
 from .jobs import Job, Progress, Report, attempt, find_jobs, left_out, possible
 
 
-def add_degrade_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `degrade`."""
     parser.add_argument("input", type=Path, metavar="IN", help="an image, or a folder of images")
     parser.add_argument(
@@ -37,7 +37,7 @@ def add_degrade_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enlarge", action="store_true", help="bring the result back to the input's size (Lanczos)")
 
 
-def run_degrade(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Write low-quality versions of images, as PNG files under the same names.
 
     Every image is drawn with a seed made of `--seed` and its name, so adding images changes no others. One that fails

@@ -23,13 +23,13 @@ _KINDS = {
 }
 
 
-def add_info_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `info`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="a weights file")
     parser.add_argument("--json", action="store_true", help="for programs")
 
 
-def run_info(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Describe a weights file, and read it to the end for values that are NaN or infinite; 1 if there are such.
 
     Raises:

@@ -12,7 +12,7 @@ from ..weights.merging import merge
 from .progress_line import ProgressLine
 
 
-def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `merge`."""
     parser.description = (
         "Add what FaithDiff learned to an SDXL checkpoint of your own:\n"
@@ -33,7 +33,7 @@ def add_merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
-def run_merge(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Merge, and name the result.
 
     Raises:

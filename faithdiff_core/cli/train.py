@@ -14,12 +14,12 @@ from ..training.yaml_config import build, read_yaml
 T = TypeVar("T")
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `train`."""
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to train, on what, and how")
 
 
-def run_train(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Train as a configuration says.
 
     Returns:

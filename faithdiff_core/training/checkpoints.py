@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
 from ..errors import SaveError, SettingsError
-from ..images.writing import write_atomically
 from .config import TrainConfig
 
 CHECKPOINTS = "checkpoints"
@@ -130,12 +130,6 @@ def fingerprint(path: Path) -> str:
 def named_checkpoints(output: Path) -> list[Path]:
     """The checkpoints of an output folder that were written to the end, oldest first."""
     return sorted(p for p in (output / CHECKPOINTS).glob("stage*") if p.is_dir())
-
-
-def latest_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to the end, or None."""
-    found = named_checkpoints(output)
-    return found[-1] if found else None
 
 
 def read_identity(folder: Path) -> dict[str, Any] | None:

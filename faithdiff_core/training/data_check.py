@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
 from ..errors import ImageError
-from ..images.writing import write_atomically
 from .config import DataConfig
 from .data import Source, named_problems
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from faithdiff_core.cli.degrade import add_degrade_arguments, run_degrade
+from faithdiff_core.cli import degrade as command
 from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.training.degradation import (
     FIRST_PASS,
@@ -212,8 +212,8 @@ def test_an_image_too_small_for_the_scale_is_refused() -> None:
 
 def _command(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    add_degrade_arguments(parser)
-    return run_degrade(parser.parse_args(words))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(words))
 
 
 def test_the_command_degrades_folders_and_files(tmp_path: Path, image: Image.Image) -> None:

@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from support.training import ROOT, SIZE, Make
 
 from faithdiff_core import read_faithdiff
-from faithdiff_core.cli.train import add_train_arguments, read_config, run_train
+from faithdiff_core.cli import train as command
+from faithdiff_core.cli.train import read_config
 from faithdiff_core.errors import ImageError, SaveError, SettingsError, WeightsError
-from faithdiff_core.training.checkpoints import latest_checkpoint, named_checkpoints
+from faithdiff_core.training.checkpoints import named_checkpoints
 from faithdiff_core.training.config import DataConfig, LoraConfig, StageConfig, TrainConfig, ValidationConfig
 from faithdiff_core.training.data import open_source
 from faithdiff_core.training.data_check import usable_entries
@@ -147,8 +148,7 @@ def test_ctrl_c_saves_and_stops(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     assert not first.finished
     assert first.steps == 2
     assert not first.files
-    latest = latest_checkpoint(config.output)
-    assert latest is not None
+    latest = named_checkpoints(config.output)[-1]
     assert latest.name == "stage00-00000002"
     second = train(config)
     assert second.finished
@@ -511,8 +511,8 @@ def test_the_command_trains(make: Make, tmp_path: Path) -> None:
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
     parser = argparse.ArgumentParser()
-    add_train_arguments(parser)
-    assert run_train(parser.parse_args([str(tmp_path / "c.yaml")])) == 0
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([str(tmp_path / "c.yaml")])) == 0
     assert read_faithdiff(tmp_path / "made" / "stage1.safetensors").kind == "full"
 
 
