@@ -7,8 +7,7 @@ everything heavier is imported where it is used.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import FaithDiffError, ImageError, MissingPackageError, SettingsError, WeightsError, install_extra
 
@@ -20,6 +19,8 @@ except ModuleNotFoundError as error:
         f"what its nodes need."
     ) from error
 
+from .lazy import lazy_names
+
 if TYPE_CHECKING:
     from .captions.trim import trim_caption
     from .images.color import ColorFix, adain, fix_colors, wavelet
@@ -30,19 +31,19 @@ if TYPE_CHECKING:
     from .weights.conversion import convert
     from .weights.faithdiff_file import FaithDiffWeights, read_faithdiff
 
-_MODULES = {
-    ".captions.trim": ("trim_caption",),
-    ".images.color": ("ColorFix", "adain", "fix_colors", "wavelet"),
-    ".models.alignment": ("Alignment", "AlignmentConfig"),
-    ".models.lq_encoder": ("LQEncoder", "LQEncoderConfig"),
-    ".sampling.schedule": ("StartPoint", "leading_timesteps", "sampling_sigmas", "start_latent"),
-    ".tiling.grid": ("Tile", "TileGrid", "gaussian_weights"),
-    ".weights.conversion": ("convert",),
-    ".weights.faithdiff_file": ("FaithDiffWeights", "read_faithdiff"),
-}
-"""Where the public names live. Each module is imported when one of its names is first used (PEP 562)."""
-
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".captions.trim": ("trim_caption",),
+        ".images.color": ("ColorFix", "adain", "fix_colors", "wavelet"),
+        ".models.alignment": ("Alignment", "AlignmentConfig"),
+        ".models.lq_encoder": ("LQEncoder", "LQEncoderConfig"),
+        ".sampling.schedule": ("StartPoint", "leading_timesteps", "sampling_sigmas", "start_latent"),
+        ".tiling.grid": ("Tile", "TileGrid", "gaussian_weights"),
+        ".weights.conversion": ("convert",),
+        ".weights.faithdiff_file": ("FaithDiffWeights", "read_faithdiff"),
+    },
+)
 
 __version__ = "0.1.0"
 
@@ -73,13 +74,6 @@ __all__ = [
     "trim_caption",
     "wavelet",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
-    return value
 
 
 def __dir__() -> list[str]:

@@ -5,8 +5,9 @@ Needs diffusers, transformers and accelerate (the extra `engine`); they are impo
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .pipeline import FaithDiffPipeline
@@ -16,18 +17,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULERS", "FaithDiffPipeline", "RestoreSettings", "TextConditioning", "make_scheduler"]
 
-_HOMES = {
-    "FaithDiffPipeline": ".pipeline",
-    "SCHEDULERS": ".schedulers",
-    "make_scheduler": ".schedulers",
-    "RestoreSettings": ".settings",
-    "TextConditioning": ".text",
-}
-"""Where the public names live. ComfyUI's nodes need the settings alone, so nothing else is imported for them."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
-    return value
+# ComfyUI's nodes need the settings alone, so nothing else is imported for them.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        ".pipeline": ("FaithDiffPipeline",),
+        ".schedulers": ("SCHEDULERS", "make_scheduler"),
+        ".settings": ("RestoreSettings",),
+        ".text": ("TextConditioning",),
+    },
+)

@@ -225,13 +225,13 @@ def _tiles_per_call(model: BaseModel, run: SamplingRun, grid: TileGrid, conds: C
     if run.tiling is not None and run.tiling.tile_batch:
         return run.tiling.tile_batch
     if comfy.model_management.is_device_cpu(x_in.device):
-        return 1  # A processor is busy with one tile.
+        return 1  # On a CPU, several tiles in a call gain nothing.
     free = model.current_patcher.get_free_memory(x_in.device)
     rows = x_in.shape[0] * sum(1 for group in conds if group)
     size = min(len(grid), LARGEST_AUTO_BATCH)
     while size > 1:
         shape = [size * rows, x_in.shape[1], grid.tile_height, grid.tile_width]
-        # The factor is the host's own reserve when it decides what to batch.
+        # The factor is the reserve that ComfyUI keeps when it decides what to batch.
         if model.memory_required(shape) * 1.5 < free:
             break
         size -= 1
