@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.golden import Golden
 from torch import Tensor
 
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning, make_scheduler
@@ -16,12 +17,12 @@ from faithdiff_core.tiling.moving import TileGrids
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Any) -> FaithDiffPipeline:
+def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
     return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def text(golden: Any) -> TextConditioning:
+def text(golden: Golden) -> TextConditioning:
     return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
@@ -30,7 +31,7 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def sample(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, seeds: list[int], tile_batch: int, **more: Any
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, seeds: list[int], tile_batch: int, **more: Any
 ) -> Tensor:
     """Latents of 25 x 33 with 9 tiles each; the seeds choose the images, too."""
     t = golden.tensors
@@ -48,14 +49,14 @@ def sample(
     )
 
 
-def test_batches_change_nothing(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning) -> None:
+def test_batches_change_nothing(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     """Neither tiles in a call nor other images: an image's tiles follow its own seed."""
     apart = torch.cat([sample(pipeline, golden, text, [seed], 1) for seed in (0, 1)])
     assert difference(sample(pipeline, golden, text, [0, 1], 5), apart) < 1e-5
     assert difference(sample(pipeline, golden, text, [1, 0], 100), apart.flip(0)) < 1e-5
 
 
-def test_tiles_lie_where_the_grids_say(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning) -> None:
+def test_tiles_lie_where_the_grids_say(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     seen: list[list[int]] = []
     handle = pipeline.sdxl.unet.register_forward_hook(
         lambda _m, _a, kwargs, _o: seen.append(kwargs["added_cond_kwargs"]["time_ids"][0, 2:4].int().tolist()),
@@ -72,7 +73,7 @@ def test_tiles_lie_where_the_grids_say(pipeline: FaithDiffPipeline, golden: Any,
 
 
 def test_conditions_of_moved_tiles_are_forgotten(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, monkeypatch: pytest.MonkeyPatch
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps fit into a budget of one: nothing stays of the first."""
     expected = sample(pipeline, golden, text, [0], 4)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.golden import Golden
 from torch import Tensor
 
 from faithdiff_core import Alignment, TileGrid, adain, gaussian_weights, leading_timesteps, sampling_sigmas, wavelet
@@ -23,17 +24,17 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Any) -> FaithDiffPipeline:
+def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
     return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")
-def text(golden: Any) -> TextConditioning:
+def text(golden: Golden) -> TextConditioning:
     return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
 @pytest.fixture(params=CASES)
-def case(request: pytest.FixtureRequest, golden: Any) -> dict[str, Any]:
+def case(request: pytest.FixtureRequest, golden: Golden) -> dict[str, Any]:
     found = next(c for c in golden.manifest["cases"] if c["name"] == request.param)
     prefix = request.param + "."
     tensors = {key.removeprefix(prefix): v for key, v in golden.tensors.items() if key.startswith(prefix)}
@@ -41,7 +42,7 @@ def case(request: pytest.FixtureRequest, golden: Any) -> dict[str, Any]:
     return found | {"real_overlap": 1 - found["overlap"], "tensors": tensors}
 
 
-def test_all_cases_are_listed(golden: Any) -> None:
+def test_all_cases_are_listed(golden: Golden) -> None:
     assert [case["name"] for case in golden.manifest["cases"]] == list(CASES)
 
 
@@ -51,7 +52,7 @@ def test_lq_features(case: dict[str, Any], pipeline: FaithDiffPipeline) -> None:
     assert difference(features, case["tensors"]["lq_features"]) < 1e-5
 
 
-def test_condition_and_residual(case: dict[str, Any], pipeline: FaithDiffPipeline, golden: Any) -> None:
+def test_condition_and_residual(case: dict[str, Any], pipeline: FaithDiffPipeline, golden: Golden) -> None:
     tensors = case["tensors"]
     height, width = tensors["noise"].shape[-2:]
     grid = TileGrid(height, width, case["tile"], case["real_overlap"])
@@ -64,7 +65,7 @@ def test_condition_and_residual(case: dict[str, Any], pipeline: FaithDiffPipelin
 
 
 def test_first_call_and_final_latent(
-    case: dict[str, Any], pipeline: FaithDiffPipeline, text: TextConditioning, golden: Any
+    case: dict[str, Any], pipeline: FaithDiffPipeline, text: TextConditioning, golden: Golden
 ) -> None:
     tensors = case["tensors"]
     first: dict[str, Tensor] = {}
@@ -99,13 +100,13 @@ def test_first_call_and_final_latent(
     assert difference(latent, tensors["latent"]) < 1e-4
 
 
-def test_start_latent_comes_from_the_vaes_mean(golden: Any, pipeline: FaithDiffPipeline) -> None:
+def test_start_latent_comes_from_the_vaes_mean(golden: Golden, pipeline: FaithDiffPipeline) -> None:
     for name in ("one_tile_lr_20", "side_below_tile"):
         z = pipeline.encode_latent(golden.tensors[f"{name}.image"])
         assert difference(z, golden.tensors[f"{name}.lr_latent"]) < 1e-4
 
 
-def test_decode(golden: Any, pipeline: FaithDiffPipeline) -> None:
+def test_decode(golden: Golden, pipeline: FaithDiffPipeline) -> None:
     factor = pipeline.sdxl.vae.config.scaling_factor
     pixels = pipeline.decode(golden.tensors["vae.latent"] * factor)
     assert difference(pixels, (golden.tensors["vae.decoded"] / 2 + 0.5).clamp(0, 1)) < 1e-4
@@ -126,14 +127,14 @@ def test_tile_time_ids(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["color0", "color1"])
-def test_colors(golden: Any, name: str) -> None:
+def test_colors(golden: Golden, name: str) -> None:
     content, style = golden.tensors[f"{name}.content"], golden.tensors[f"{name}.style"]
     for function in (adain, wavelet):
         error = function(content, style) - golden.tensors[f"{name}.{function.__name__}"]
         assert float(error.abs().max()) < 1e-5
 
 
-def test_gaussian_weights(golden: Any) -> None:
+def test_gaussian_weights(golden: Golden) -> None:
     for name, size in (("gaussian_16x16", (16, 16)), ("gaussian_w24_h16", (16, 24))):
         torch.testing.assert_close(gaussian_weights(*size).float(), golden.tensors[name], rtol=1e-6, atol=0)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.golden import Golden
 from tiny_models.checkpoints import make_lora, make_single_file
 from torch import Tensor
 
@@ -27,12 +28,12 @@ def photo(height: int, width: int, seed: int = 0) -> Tensor:
     return resize_lanczos(small, height, width)[0]
 
 
-def load(tiny_sdxl: Path, golden: Any, **kwargs: Any) -> FaithDiffPipeline:
+def load(tiny_sdxl: Path, golden: Golden, **kwargs: Any) -> FaithDiffPipeline:
     return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, **{"dtype": "fp32", "device": "cpu", **kwargs})
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_sdxl: Path, golden: Any) -> FaithDiffPipeline:
+def shared(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
     return load(tiny_sdxl, golden)
 
 
@@ -46,7 +47,7 @@ def pipeline(shared: FaithDiffPipeline) -> Iterator[FaithDiffPipeline]:
 
 
 @pytest.fixture(scope="module")
-def text(golden: Any) -> TextConditioning:
+def text(golden: Golden) -> TextConditioning:
     return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
@@ -57,7 +58,7 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 # Batching
 
 
-def sample(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, rows: list[int], batch: int) -> Tensor:
+def sample(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, rows: list[int], batch: int) -> Tensor:
     """Two steps on three 26 x 18 latents cut out of the recorded tensors; 6 tiles each."""
     t = golden.tensors
 
@@ -81,7 +82,7 @@ def sample(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, row
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m_sde"])
 def test_batching_changes_nothing(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, scheduler: str
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, scheduler: str
 ) -> None:
     pipeline.sdxl.scheduler = make_scheduler(scheduler)
     apart = torch.cat([sample(pipeline, golden, text, [i], 1) for i in (0, 1, 2)])
@@ -93,7 +94,7 @@ def test_batching_changes_nothing(
 
 
 def test_conditions_over_the_budget_are_recomputed(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning
 ) -> None:
     kept = sample(pipeline, golden, text, [0], 4)
     calls: list[int] = []
@@ -110,7 +111,7 @@ def test_conditions_over_the_budget_are_recomputed(
 
 
 def test_alignment_runs_once_for_both_guidance_halves(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning
 ) -> None:
     rows: list[tuple[int, int]] = []
     alignment = pipeline.alignment.blocks[0].register_forward_hook(lambda _m, args, _o: rows.append((len(args[0]), 0)))
@@ -143,27 +144,34 @@ def plain_sdxl(pipeline: FaithDiffPipeline, text: TextConditioning, noise: Tenso
         width=size,
         original_size=(size, size),
         target_size=(size, size),
+        generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
     pipeline.sdxl.scheduler = scheduler
     return result
 
 
-@pytest.mark.parametrize("cfg", [1.0, 5.0])
-@pytest.mark.parametrize("name", ["euler", "ddim", "dpmpp_2m_karras"])
+@pytest.mark.parametrize(
+    ("name", "cfg"),
+    [("euler", 1.0), *((name, 5.0) for name in SCHEDULERS if name != "dpmpp_2m_sde")],  # whose noise is its own
+)
 def test_strength_zero_is_diffusers_own_sdxl(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning, cfg: float, name: str
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, name: str, cfg: float
 ) -> None:
     pipeline.sdxl.scheduler = make_scheduler(name)
     noise = golden.tensors["one_tile_noise.noise"]
     expected = plain_sdxl(pipeline, text, noise, 3, cfg)
-    got = pipeline.sample(None, text, noise, steps=3, cfg=cfg, start="noise", tile=128, strength=0)
-    assert close(got, expected)
-    features = golden.tensors["one_tile_noise.lq_features"]
-    assert not close(pipeline.sample(features, text, noise, steps=3, cfg=cfg, start="noise", tile=128), expected, 0.01)
+
+    def sample(**settings: Any) -> Tensor:
+        generators = [torch.Generator().manual_seed(3)]
+        common: dict[str, Any] = {"steps": 3, "cfg": cfg, "start": "noise", "tile": 128, "generators": generators}
+        return pipeline.sample(settings.pop("features", None), text, noise, **common, **settings)
+
+    assert close(sample(strength=0), expected)
+    assert not close(sample(features=golden.tensors["one_tile_noise.lq_features"]), expected, 0.01)
 
 
-def test_strength_zero_is_exactly_the_unet(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning) -> None:
+def test_strength_zero_is_exactly_the_unet(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     seen: list[tuple[Any, ...]] = []
     handle = pipeline.sdxl.unet.register_forward_hook(lambda _m, a, k, o: seen.append((a, k, o)), with_kwargs=True)
     try:
@@ -177,7 +185,7 @@ def test_strength_zero_is_exactly_the_unet(pipeline: FaithDiffPipeline, golden: 
 
 
 def test_cfg_one_is_one_row_and_needs_no_negative_text(
-    pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning
+    pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning
 ) -> None:
     rows: list[int] = []
     handle = pipeline.sdxl.unet.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
@@ -219,7 +227,7 @@ def test_empty_negative_prompt_is_encoded(pipeline: FaithDiffPipeline) -> None:
 
 
 @pytest.mark.parametrize("name", [*SCHEDULERS, "DDPMScheduler", "DEISMultistepScheduler", "KDPM2DiscreteScheduler"])
-def test_every_scheduler_starts_at_the_published_input(golden: Any, name: str) -> None:
+def test_every_scheduler_starts_at_the_published_input(golden: Golden, name: str) -> None:
     """The U-Net's first input depends on the first noise level alone, not on the space a scheduler works in."""
     noise, z = golden.tensors["one_tile_lr_20.noise"], golden.tensors["one_tile_lr_20.lr_latent"]
     scheduler = fresh_scheduler(make_scheduler(name))
@@ -236,17 +244,7 @@ def test_every_scheduler_starts_at_the_published_input(golden: Any, name: str) -
     assert close(seen, start_latent("lr", noise, sigma, z) / (sigma**2 + 1) ** 0.5)
 
 
-@pytest.mark.parametrize("name", ["euler_a", "heun", "ddim", "dpmpp_2m", "unipc", "pndm"])
-def test_schedulers_end_to_end(pipeline: FaithDiffPipeline, name: str) -> None:
-    euler = pipeline(photo(40, 48)[None], seed=1, **QUICK)
-    pipeline.sdxl.scheduler = make_scheduler(name)
-    first = pipeline(photo(40, 48)[None], seed=1, **QUICK)
-    assert torch.isfinite(first).all()
-    assert not torch.equal(first, euler)
-    assert torch.equal(pipeline(photo(40, 48)[None], seed=1, **QUICK), first)
-
-
-def test_ddim_is_euler_for_small_steps(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning) -> None:
+def test_ddim_is_euler_for_small_steps(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     """Both are the same first-order solver, one in each space."""
     t = golden.tensors
     results = []
@@ -364,11 +362,12 @@ def test_vae_tiles(pipeline: FaithDiffPipeline) -> None:
     tiled = pipeline(image, seed=1, vae_tile=128, progress=lambda stage, *_: seen.append(stage), **QUICK)
     assert tiled.shape == whole.shape
     assert not torch.equal(tiled, whole)
-    assert float((tiled - whole).abs().mean()) < 0.02
+    # Measured: 0.006; the image's values spread over 0.26.
+    assert float((tiled - whole).abs().max()) < 0.012
     assert seen.count("decode") > 1
 
 
-def test_half_precision(tiny_sdxl: Path, golden: Any, pipeline: FaithDiffPipeline) -> None:
+def test_half_precision(tiny_sdxl: Path, golden: Golden, pipeline: FaithDiffPipeline) -> None:
     image = photo(32, 32)[None]
     full = pipeline(image, seed=1, cfg=2, **QUICK)
     half = load(tiny_sdxl, golden, dtype="bf16")
@@ -376,7 +375,9 @@ def test_half_precision(tiny_sdxl: Path, golden: Any, pipeline: FaithDiffPipelin
     assert {p.dtype for p in [*half.alignment.parameters(), *half.lq_encoder.parameters()]} == {torch.bfloat16}
     result = half(image, seed=1, cfg=2, **QUICK)
     assert result.dtype == torch.float32
-    assert float((result - full).abs().mean()) < 0.05
+    # Measured: 0.020 and 0.0024; the image's values spread over 0.26.
+    assert float((result - full).abs().max()) < 0.04
+    assert float((result - full).abs().mean()) < 0.005
 
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerate's layer-wise hooks need a GPU")
@@ -385,7 +386,7 @@ NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="accelerat
 @pytest.mark.parametrize("offload", ["model", pytest.param("sequential", marks=NEEDS_CUDA)])
 def test_offloading_changes_nothing(
     tiny_sdxl: Path,
-    golden: Any,
+    golden: Golden,
     tmp_path: Path,
     pipeline: FaithDiffPipeline,
     monkeypatch: pytest.MonkeyPatch,
@@ -442,7 +443,7 @@ def test_cancelling_leaves_nothing_behind(pipeline: FaithDiffPipeline, stage: st
 # Files
 
 
-def test_single_file_is_the_folder(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_single_file_is_the_folder(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     checkpoint, configuration, whole = make_single_file(tiny_sdxl, tmp_path)
     from_folder = load(whole, golden)
     from_file = load(checkpoint, golden, config=configuration)
@@ -450,7 +451,7 @@ def test_single_file_is_the_folder(tiny_sdxl: Path, golden: Any, tmp_path: Path)
     assert torch.equal(from_file(image, seed=1, **QUICK), from_folder(image, seed=1, **QUICK))
 
 
-def test_adapter_alone_keeps_the_models_unet(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_adapter_alone_keeps_the_models_unet(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file, save_file
 
@@ -478,7 +479,7 @@ def test_adapter_alone_keeps_the_models_unet(tiny_sdxl: Path, golden: Any, tmp_p
         FaithDiffPipeline.from_files(tiny_sdxl, unet, device="cpu")
 
 
-def test_another_vae(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_another_vae(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(tiny_sdxl, subfolder="vae")
@@ -491,7 +492,7 @@ def test_another_vae(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
         load(tiny_sdxl, golden, vae=tmp_path / "nothing")
 
 
-def test_loras_add_up(tiny_sdxl: Path, golden: Any, tmp_path: Path, pipeline: FaithDiffPipeline) -> None:
+def test_loras_add_up(tiny_sdxl: Path, golden: Golden, tmp_path: Path, pipeline: FaithDiffPipeline) -> None:
     path = tmp_path / "tiny.v1.safetensors"
     with_lora = load(tiny_sdxl, golden)
     delta = make_lora(with_lora.sdxl.unet, path)
@@ -513,7 +514,7 @@ def test_loras_add_up(tiny_sdxl: Path, golden: Any, tmp_path: Path, pipeline: Fa
     assert torch.equal(with_lora(image, seed=1, **QUICK), plain)
 
 
-def test_bad_loras(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_bad_loras(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     pipeline = load(tiny_sdxl, golden)
@@ -528,7 +529,7 @@ def test_bad_loras(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
     assert torch.isfinite(pipeline(photo(16, 16)[None], **QUICK)).all()
 
 
-def test_bad_models(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_bad_models(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="There is no SDXL checkpoint"):
         load(tmp_path / "nothing.safetensors", golden)
     with pytest.raises(WeightsError, match=r"has no model_index.json"):
@@ -540,7 +541,7 @@ def test_bad_models(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
         load(golden.model, golden, config=tiny_sdxl)
 
 
-def test_parts_of_other_sizes(tiny_sdxl: Path, golden: Any, tmp_path: Path, shared: FaithDiffPipeline) -> None:
+def test_parts_of_other_sizes(tiny_sdxl: Path, golden: Golden, tmp_path: Path, shared: FaithDiffPipeline) -> None:
     import shutil
 
     other = tmp_path / "other"
@@ -560,7 +561,7 @@ def test_parts_of_other_sizes(tiny_sdxl: Path, golden: Any, tmp_path: Path, shar
         unet._internal_dict = original
 
 
-def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Any) -> None:
+def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Golden) -> None:
     pipeline = load(tiny_sdxl, golden)
     with torch.no_grad():
         pipeline.sdxl.vae.decoder.conv_out.bias.fill_(float("nan"))
@@ -572,7 +573,7 @@ def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Any) -> None:
         pipeline(photo(16, 16)[None], **QUICK)
 
 
-def test_overflowing_lq_encoder_is_named(tiny_sdxl: Path, golden: Any) -> None:
+def test_overflowing_lq_encoder_is_named(tiny_sdxl: Path, golden: Golden) -> None:
     pipeline = load(tiny_sdxl, golden, dtype="fp16")
     with torch.no_grad():
         pipeline.lq_encoder.get_parameter("mid_block.resnets.1.conv2.bias").fill_(6e4).mul_(6e4)
@@ -590,7 +591,7 @@ def test_decode_progress_counts_over_the_batch(pipeline: FaithDiffPipeline, tile
     assert close(together[1:2], pipeline.decode(latent[1:2], tile))
 
 
-def test_sdxls_own_vae_stays_in_full_precision(tiny_sdxl: Path, golden: Any, tmp_path: Path) -> None:
+def test_sdxls_own_vae_stays_in_full_precision(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     import shutil
 
     own = tmp_path / "own"
@@ -655,7 +656,7 @@ def test_bad_images(pipeline: FaithDiffPipeline, images: Any, message: str) -> N
         pipeline(images, **QUICK)
 
 
-def test_bad_choices_of_machine(tiny_sdxl: Path, golden: Any) -> None:
+def test_bad_choices_of_machine(tiny_sdxl: Path, golden: Golden) -> None:
     with pytest.raises(SettingsError, match="dtype must be one of fp32, bf16 and fp16, got 'int8'"):
         load(tiny_sdxl, golden, dtype="int8")
     with pytest.raises(SettingsError, match="offload='model' needs an accelerator"):
@@ -666,7 +667,7 @@ def test_bad_choices_of_machine(tiny_sdxl: Path, golden: Any) -> None:
         load(tiny_sdxl, golden, scheduler="eula")
 
 
-def test_features_of_another_size(pipeline: FaithDiffPipeline, golden: Any, text: TextConditioning) -> None:
+def test_features_of_another_size(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     t = golden.tensors
     with pytest.raises(SettingsError, match=r"Features must be \(1, channels, 16, 16\).* got \(1, 64, 25, 33\)"):
         pipeline.sample(t["tiles_lr.lq_features"], text, t["one_tile_noise.noise"], start="noise")

@@ -187,11 +187,16 @@ class TestMake:
             assert f'--requirement "{host}/requirements.txt"' in out
             assert "SKIPPED" not in out
 
-    def test_ci_does_nothing_else(self) -> None:
-        script = ROOT / ".ci" / "run"
-        assert os.access(script, os.X_OK)
-        lines = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
-        assert lines == ["set -eu", 'cd "$(dirname "$0")/.."', "exec make test"]
+    def test_ci_runs_the_readmes_test_command(self, tmp_path: Path) -> None:
+        """Whatever folder it is started from; a stand-in for make writes down how it was called."""
+        stand_in = tmp_path / "make"
+        stand_in.write_text('#!/bin/sh\necho "$PWD: $*" >> "$CALLS"\n')
+        stand_in.chmod(0o755)
+        calls = tmp_path / "calls"
+        environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls)}
+        subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment, check=True)
+        assert calls.read_text() == f"{ROOT}: test\n"
+        assert "make test" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_public_names_are_there_and_documented() -> None:
