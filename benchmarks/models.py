@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.models.alignment import QUICK_GELU, Alignment, AlignmentConfig
 from faithdiff_core.models.lq_encoder import NORM_EPS, NORM_GROUPS, LQEncoder, LQEncoderConfig
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
-from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, UNetConfig
+from faithdiff_core.weights.unet_shapes import UNetConfig
 
 ALIGNMENT = AlignmentConfig(
     feature_channels=512, condition_channels=320, unet_channels=320, mlp_channels=1280, layers=2
@@ -33,13 +34,13 @@ POOLED = 1280
 UNET: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": list(SDXL_CHANNELS),
+    "block_out_channels": list(SDXL.block_out_channels),
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
     "layers_per_block": 2,
     "transformer_layers_per_block": [1, 2, 10],
     "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": SDXL_CROSS_ATTENTION,
+    "cross_attention_dim": SDXL.context_width,
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 256,
@@ -185,7 +186,7 @@ def unet_inputs(rows: int, side: int, device: torch.device, dtype: torch.dtype) 
     return {
         "sample": torch.randn(rows, 4, side, side, **made),
         "timestep": torch.tensor(500, device=device),
-        "encoder_hidden_states": torch.randn(rows, TOKENS, SDXL_CROSS_ATTENTION, **made),
+        "encoder_hidden_states": torch.randn(rows, TOKENS, SDXL.context_width, **made),
         "added_cond_kwargs": {
             "text_embeds": torch.randn(rows, POOLED, **made),
             "time_ids": torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]], **made).repeat(rows, 1),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faithdiff_core.backbone import tile_time_ids
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning, make_scheduler
 from faithdiff_core.images.color import fix_colors
 from faithdiff_core.sampling.schedule import DEFAULT_CFG, StartPoint
-from faithdiff_core.sdxl import tile_time_ids
 from faithdiff_core.tiling.grid import TileGrid, gaussian_weights
 
 from . import models

@@ -15,9 +15,10 @@ import torch
 from comfy_host import REPO, find_host
 from torch import Tensor
 
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.weights.conversion import convert
 from faithdiff_core.weights.faithdiff_file import read_faithdiff
-from faithdiff_core.weights.unet_shapes import SDXL_CHANNELS, SDXL_CROSS_ATTENTION, SDXL_DEPTHS, UNetConfig
+from faithdiff_core.weights.unet_shapes import UNetConfig
 
 from . import models
 from .measure import Spread, interleaved
@@ -26,7 +27,7 @@ from .settings import Settings
 
 _BLOCK = 2**24
 
-PUBLISHED_UNET = UNetConfig(SDXL_CHANNELS, 2, SDXL_DEPTHS, 10, SDXL_CROSS_ATTENTION, 2816)
+PUBLISHED_UNET = UNetConfig.of(SDXL)
 SMALL_UNET = replace(PUBLISHED_UNET, block_out_channels=(320, 640, 640), transformer_depths=(0, 1, 1), mid_depth=1)
 """The same with one transformer block an attention and fewer channels: a tenth of the bytes."""
 

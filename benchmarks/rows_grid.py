@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from faithdiff_core.backbone import VAE_SCALE_FACTOR
 from faithdiff_core.engine import make_scheduler
 from faithdiff_core.evaluation.metrics import psnr
 from faithdiff_core.sampling.schedule import DEFAULT_STEPS, sampling_sigmas
-from faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from faithdiff_core.tiling.moving import TileGrids
 
 from .measure import Spread, interleaved

@@ -28,11 +28,11 @@ import torch
 from photographs import find_photographs, generated_image, load_photograph
 from torch import Tensor, nn
 
+from faithdiff_core.backbone import SDXL, TRAIN_STEPS
 from faithdiff_core.cli.train import read_config
 from faithdiff_core.engine import make_scheduler
 from faithdiff_core.images.color import wavelet
 from faithdiff_core.sampling.schedule import alphas_cumprod
-from faithdiff_core.sdxl import TRAIN_STEPS, VAE_SCALING_FACTOR
 from faithdiff_core.training.data import list_images, open_image
 from faithdiff_core.training.model import time_ids
 from faithdiff_core.training.start import train
@@ -128,7 +128,7 @@ def make_vae(config: dict[str, Any], images: list[np.ndarray], folder: Path) -> 
         layers_per_block=settings["layers_per_block"],
         latent_channels=4,
         sample_size=256,
-        scaling_factor=VAE_SCALING_FACTOR,
+        scaling_factor=SDXL.vae_scaling_factor,
         force_upcast=False,
     )
     source = crops(images, settings["crop"], settings["batch"], config["seed"])
@@ -171,7 +171,7 @@ def refine_decoder(config: dict[str, Any], images: list[np.ndarray], folder: Pat
         with precision(settings):
             with torch.no_grad():
                 mean = vae.encode(pixels).latent_dist.mean.float()
-            result = vae.decode(mean + 0.05 / VAE_SCALING_FACTOR * torch.randn_like(mean)).sample.float()
+            result = vae.decode(mean + 0.05 / SDXL.vae_scaling_factor * torch.randn_like(mean)).sample.float()
         return reconstruction_loss(result, pixels)
 
     log = fit(vae, settings["decoder"], loss_of, "decoder")
@@ -188,7 +188,7 @@ def whiten(vae: Any, pixels: Tensor) -> None:
     channels = vae.config.latent_channels
     mean = vae.encode(pixels).latent_dist.mean.movedim(1, -1).reshape(-1, channels).double()
     values, vectors = torch.linalg.eigh(torch.cov(mean.T))
-    to_white = (vectors / values.sqrt()).T / VAE_SCALING_FACTOR
+    to_white = (vectors / values.sqrt()).T / SDXL.vae_scaling_factor
     centre = mean.mean(0)
     quant, post = vae.quant_conv, vae.post_quant_conv
     weight, bias = quant.weight[:, :, 0, 0].double(), quant.bias.double()
@@ -251,7 +251,7 @@ def make_base(config: dict[str, Any], images: dict[str, np.ndarray], vae_folder:
         latents = []
         for name, array in images.items():
             pixels = torch.tensor(array[: array.shape[0] // 8 * 8, : array.shape[1] // 8 * 8]).permute(2, 0, 1)
-            encoded = vae.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0] * VAE_SCALING_FACTOR
+            encoded = vae.encode(pixels[None].float() / 127.5 - 1).latent_dist.mean[0] * SDXL.vae_scaling_factor
             latents.append((encoded, 1 if name.startswith("photo") else 2))
     rng = np.random.default_rng(config["seed"])
     abar = alphas_cumprod()

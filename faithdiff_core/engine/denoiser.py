@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone import tile_time_ids
 from ..errors import SettingsError
 from ..models.alignment import Alignment
 from ..models.condition import ConditionEmbedder
-from ..sdxl import tile_time_ids
 from ..tiling.grid import Tile
 from ..tiling.moving import TileGrids
 from .alignment_hook import AlignmentHook

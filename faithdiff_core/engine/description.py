@@ -14,9 +14,9 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
 from ..images.geometry import check_positive
-from ..sdxl import VAE_SCALE_FACTOR
 from ..tiling.grid import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
 
 _KEY = "description"

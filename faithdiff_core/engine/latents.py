@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import NotFiniteError
 from ..finite import is_finite
-from ..sdxl import VAE_SCALE_FACTOR
 from ..vae.decoder_stages import parts_from_diffusers
 from ..vae.tiled_decode import decode_tiled
 

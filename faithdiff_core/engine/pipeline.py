@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError, WeightsError
 from ..images.color import fix_colors
 from ..images.cutout import resize_cutout
@@ -21,7 +22,6 @@ from ..images.geometry import crop_to, pad_to_multiple
 from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
-from ..sdxl import VAE_SCALE_FACTOR
 from ..weights.faithdiff_file import read_faithdiff
 from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
 from .prediction import FAITHDIFF_PREDICTION, prediction_of, with_prediction

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone import BETA_END, BETA_START, TRAIN_STEPS
 from ..errors import SettingsError
 from ..sampling.schedule import StartPoint, start_latent
-from ..sdxl import BETA_END, BETA_START, TRAIN_STEPS
 
 PUBLISHED_SCHEDULE: dict[str, Any] = {
     "num_train_timesteps": TRAIN_STEPS,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbone import TRAIN_STEPS
 from ..errors import SettingsError
 from ..images.color import ColorFix
 from ..images.geometry import target_size
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
 from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
-from ..sdxl import TRAIN_STEPS
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
 from ..tiling.moving import MOVING_OVERLAP, TileGridKind
 from .description import choice, described, factor, overlap_fraction, plain, real, tile_side, whole

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
-from ..sdxl import VAE_SCALE_FACTOR
 from .formats import MAX_PIXELS
 
 LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}

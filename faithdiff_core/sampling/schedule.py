@@ -12,8 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..backbone import BETA_END, BETA_START, TRAIN_STEPS
 from ..errors import SettingsError
-from ..sdxl import BETA_END, BETA_START, TRAIN_STEPS
 
 DEFAULT_STEPS = 20
 """The authors' choice between quality and fidelity (supplement, table 10)."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
-from ..sdxl import VAE_SCALE_FACTOR
 from .grid import check_overlap, tile_stride
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
-from ..sdxl import VAE_SCALE_FACTOR
 
 MIN_TILE = 64
 """Smallest tile side in pixels: 8 latent units, of which the U-Net's lowest level sees 2."""

@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..backbone import TRAIN_STEPS
 from ..captions.trim import trim_caption
 from ..errors import ImageError
-from ..sdxl import TRAIN_STEPS
 from .config import DataConfig
 from .data import Sample, Source, enlarge, list_images, open_image
 from .degradation import degrade, to_tensor

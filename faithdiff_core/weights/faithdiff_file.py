@@ -22,7 +22,7 @@ from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..models.shapes import Shape
 from .checkpoint_file import open_tensors
 from .messages import REDOWNLOAD, listing
-from .sdxl_names import DIFFUSERS_PREFIXES
+from .unet_names import DIFFUSERS_PREFIXES
 from .unet_shapes import UNetConfig
 
 ENCODER_PREFIX = "denoise_encoder."

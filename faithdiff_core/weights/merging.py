@@ -24,8 +24,8 @@ from ..models.shapes import Shape
 from .faithdiff_file import foreign_kind
 from .messages import listing
 from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
-from .sdxl_names import diffusers_names
 from .tensor_reader import TensorReader
+from .unet_names import diffusers_names
 
 LEAST_SIMILARITY = 0.5
 """Cosine of FaithDiff's weights and the base's below which the base is another model. Fine-tuning keeps it near 1;

@@ -1,4 +1,4 @@
-"""Which tensors an SDXL-shaped U-Net in diffusers' format has, worked out from the sizes that it shows.
+"""Which tensors a U-Net in diffusers' format has, worked out from the sizes that it shows.
 
 Used to tell a complete U-Net from a broken one without importing diffusers and without building a model.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..backbone import Backbone, backbone_of
 from ..models.shapes import Shape, block_count, check_channels
 
 MAX_LEVELS = 8
@@ -16,14 +17,10 @@ MAX_LEVELS = 8
 MAX_DEPTH = 40
 """Most transformer blocks of an attention; SDXL has up to 10."""
 
-SDXL_CHANNELS = (320, 640, 1280)
-SDXL_CROSS_ATTENTION = 2048
-SDXL_DEPTHS = (0, 2, 10)
-
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Sizes of a U-Net with SDXL's architecture.
+    """Sizes of a U-Net with a backbone's architecture.
 
     Attributes:
         block_out_channels: channels of each level, finest first (SDXL: 320, 640, 1280).
@@ -31,8 +28,9 @@ class UNetConfig:
         transformer_depths: transformer blocks per attention of each level; 0 for a level without (0, 2, 10).
         mid_depth: transformer blocks in the middle (10).
         cross_attention_dim: width of the text embeddings (2048).
-        add_embedding_dim: width of the pooled text and size conditioning (2816).
+        add_embedding_dim: width of the pooled text and size conditioning (2816); None for a U-Net that takes neither.
         in_channels, out_channels: latent channels (4).
+        linear_projections: whether transformers begin and end with linear layers instead of 1x1 convolutions.
     """
 
     block_out_channels: tuple[int, ...]
@@ -40,27 +38,38 @@ class UNetConfig:
     transformer_depths: tuple[int, ...]
     mid_depth: int
     cross_attention_dim: int
-    add_embedding_dim: int
+    add_embedding_dim: int | None
     in_channels: int = 4
     out_channels: int = 4
+    linear_projections: bool = True
 
     def __post_init__(self) -> None:
         check_channels(
             block_out_channels=self.block_out_channels,
             cross_attention_dim=self.cross_attention_dim,
-            add_embedding_dim=self.add_embedding_dim,
             in_channels=self.in_channels,
             out_channels=self.out_channels,
         )
+        if self.add_embedding_dim is not None:
+            check_channels(add_embedding_dim=self.add_embedding_dim)
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> UNetConfig:
+        """The sizes of a backbone's own U-Net."""
+        return cls(
+            block_out_channels=backbone.block_out_channels,
+            layers_per_block=2,
+            transformer_depths=backbone.transformer_depths,
+            mid_depth=backbone.mid_depth,
+            cross_attention_dim=backbone.context_width,
+            add_embedding_dim=backbone.added_width,
+            linear_projections=backbone.linear_projections,
+        )
 
     @property
-    def is_sdxl(self) -> bool:
-        """Whether these are the sizes of SDXL's own U-Net."""
-        return (
-            self.block_out_channels == SDXL_CHANNELS
-            and self.transformer_depths == SDXL_DEPTHS
-            and self.cross_attention_dim == SDXL_CROSS_ATTENTION
-        )
+    def backbone(self) -> Backbone:
+        """The family that the layers belong to, whatever their sizes."""
+        return backbone_of(self.add_embedding_dim is not None, self.linear_projections)
 
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Shape]) -> UNetConfig:
@@ -76,18 +85,25 @@ class UNetConfig:
         context = next((s for k, s in shapes.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
         if context is None:
             raise KeyError("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
+        depths = tuple(
+            block_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.", MAX_DEPTH) for i in range(levels)
+        )
+        projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), None)
+        if projection is None:
+            raise KeyError("mid_block.attentions.0.proj_in.weight")
+        mid_depth = block_count(shapes, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH)
+        # SD 1 and 2 have one transformer block in each attention. More are SDXL's, from which layers are missing then.
+        added = max(*depths, mid_depth) > 1 or any(name.startswith("add_embedding.") for name in shapes)
         return cls(
             block_out_channels=tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
             layers_per_block=block_count(shapes, "down_blocks.0.resnets.", MAX_LEVELS),
-            transformer_depths=tuple(
-                block_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.", MAX_DEPTH)
-                for i in range(levels)
-            ),
-            mid_depth=block_count(shapes, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH),
+            transformer_depths=depths,
+            mid_depth=mid_depth,
             cross_attention_dim=context[1],
-            add_embedding_dim=shapes["add_embedding.linear_1.weight"][1],
+            add_embedding_dim=shapes["add_embedding.linear_1.weight"][1] if added else None,
             in_channels=shapes["conv_in.weight"][1],
             out_channels=shapes["conv_out.weight"][0],
+            linear_projections=added or len(projection) == 2,
         )
 
     def shapes(self) -> dict[str, Shape]:
@@ -120,8 +136,11 @@ class UNetConfig:
 
         def transformer(name: str, n: int, depth: int) -> None:
             norm(name + ".norm", n)
-            linear(name + ".proj_in", n, n)
-            linear(name + ".proj_out", n, n)
+            for end in ("proj_in", "proj_out"):
+                if self.linear_projections:
+                    linear(f"{name}.{end}", n, n)
+                else:
+                    conv(f"{name}.{end}", n, n, 1)
             for i in range(depth):
                 block = f"{name}.transformer_blocks.{i}"
                 for k in (1, 2, 3):
@@ -137,8 +156,9 @@ class UNetConfig:
         conv("conv_in", channels[0], self.in_channels)
         linear("time_embedding.linear_1", time, channels[0])
         linear("time_embedding.linear_2", time, time)
-        linear("add_embedding.linear_1", time, self.add_embedding_dim)
-        linear("add_embedding.linear_2", time, time)
+        if self.add_embedding_dim is not None:
+            linear("add_embedding.linear_1", time, self.add_embedding_dim)
+            linear("add_embedding.linear_2", time, time)
         skips = [channels[0]]
         last = len(channels) - 1
         for i, n in enumerate(channels):

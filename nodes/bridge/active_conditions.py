@@ -9,8 +9,8 @@ from uuid import UUID
 import torch
 from torch import Tensor
 
+from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.errors import SettingsError
-from ...faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from ...faithdiff_core.tiling.grid import Tile
 from .graph_types import CONDITION_KEY, LQCondition
 from .sampling_run import CallCondition

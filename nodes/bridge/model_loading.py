@@ -14,10 +14,10 @@ import comfy.utils
 import torch
 from torch import nn
 
+from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.dtypes import DTYPES
 from ...faithdiff_core.errors import ImageError, WeightsError
 from ...faithdiff_core.models.alignment import AlignmentConfig
-from ...faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig

@@ -12,10 +12,10 @@ import latent_preview
 import torch
 from torch import Tensor
 
+from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.errors import NotFiniteError, SettingsError
 from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
-from ...faithdiff_core.sdxl import VAE_SCALE_FACTOR
 from .alignment_patch import find_patch
 from .graph_types import LQCondition, LQFeatures
 from .lq_conditioning import Conditioning, with_lq

@@ -11,7 +11,7 @@ import comfy.model_base
 import torch
 from torch import Tensor
 
-from ...faithdiff_core.sdxl import tile_time_ids
+from ...faithdiff_core.backbone import tile_time_ids
 from ...faithdiff_core.tiling.grid import Tile, TileGrid
 from .active_conditions import OUTER_UUID
 

@@ -16,6 +16,7 @@ from benchmarks import counts, models, registry, rows_core, rows_engine, rows_pe
 from benchmarks.measure import Spread, interleaved, peak_bytes
 from benchmarks.results import NOT_MEASURED, Report, Result, Target, missing, table, timed
 from benchmarks.settings import Settings
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.models.alignment import Alignment, AlignmentConfig, from_published, to_published
 from faithdiff_core.tiling.grid import TileGrid
 from faithdiff_core.weights.unet_shapes import UNetConfig
@@ -118,7 +119,7 @@ def test_the_published_sizes_are_sdxls() -> None:
     unet = models.unet(torch.device("meta"), torch.float32)
     shapes = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
     config = UNetConfig.from_shapes(shapes)
-    assert config.is_sdxl
+    assert config == UNetConfig.of(SDXL)
     assert config.shapes() == shapes
 
 

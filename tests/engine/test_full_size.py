@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from faithdiff_core import AlignmentConfig, LQEncoder, LQEncoderConfig, read_faithdiff
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
@@ -98,7 +99,7 @@ def converted(published: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def test_the_shape_is_sdxls() -> None:
-    assert UNET.is_sdxl
+    assert UNetConfig.of(SDXL) == UNET
     assert sum(torch.Size(shape).numel() for shape in UNET.shapes().values()) == 2_567_463_684
 
 

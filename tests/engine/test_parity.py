@@ -11,8 +11,8 @@ from support.golden import Golden
 from torch import Tensor
 
 from faithdiff_core import Alignment, TileGrid, adain, gaussian_weights, leading_timesteps, sampling_sigmas, wavelet
+from faithdiff_core.backbone import tile_time_ids
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning
-from faithdiff_core.sdxl import tile_time_ids
 
 CASES = ("one_tile_noise", "one_tile_lr_20", "tiles_lr", "tiles_encoder_tiled", "side_below_tile")
 

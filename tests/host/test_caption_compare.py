@@ -21,9 +21,9 @@ from support.host_sampling import images, load
 from tiny_models import captioners as tiny_captioners
 from torch import Tensor
 
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.captions.captioner import load_captioner
 from faithdiff_core.captions.trim import trim_caption
-from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 
 PROMPT = "Describe this image"
 TOKENS = 16
@@ -383,7 +383,7 @@ def test_previews_come_at_the_end_of_steps(
         setup.model.load_device, setup.model.model.latent_format
     )
     # The last Euler step ends at the prediction itself.
-    _, last, _ = previewer.decode_latent_to_preview_image("JPEG", samples * VAE_SCALING_FACTOR)
+    _, last, _ = previewer.decode_latent_to_preview_image("JPEG", samples * SDXL.vae_scaling_factor)
     np.testing.assert_allclose(np.asarray(bars[-1][2][1], dtype=int), np.asarray(last, dtype=int), atol=1)
 
 

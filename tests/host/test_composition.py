@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from support.host_sampling import Setup, gaussian, images, load, relative
 from torch import Tensor
 
-from faithdiff_core.sdxl import VAE_SCALING_FACTOR
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.tiling.grid import Tile, TileGrid
 from faithdiff_core.tiling.moving import TileGrids
 
@@ -291,7 +291,7 @@ def test_mask(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
 def test_noise_mask(setup: Setup, features: Any, grid: TileGrid) -> None:
     """Inpainting: what the mask leaves out comes back unchanged."""
     mask = (torch.rand(1, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(3)) > 0.5).float()
-    start = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=6) / VAE_SCALING_FACTOR
+    start = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=6) / SDXL.vae_scaling_factor
     assert (
         compare(setup, grid, lambda tile: tile_conds(setup, features, tile), noise_mask=mask, start=start) < TOLERANCE
     )

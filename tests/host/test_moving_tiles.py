@@ -10,8 +10,8 @@ import torch
 from comfy_host import Host
 from support.host_sampling import GivenNoise, Setup, gaussian, images, load, relative
 
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.engine import FaithDiffPipeline, TextConditioning
-from faithdiff_core.sdxl import VAE_SCALING_FACTOR
 
 if TYPE_CHECKING:
     from conftest import Golden
@@ -41,9 +41,9 @@ def test_nodes_are_the_engine(host: Host, setup: Setup, tiny_sdxl: Path, golden:
         generators=[torch.Generator().manual_seed(11)],
     )
     features = host.pack_module("nodes.bridge.graph_types").LQFeatures(t["lq_features"])
-    latent = {"samples": t["lr_latent"] / VAE_SCALING_FACTOR}
+    latent = {"samples": t["lr_latent"] / SDXL.vae_scaling_factor}
     given = {"noise": GivenNoise(t["noise"], seed=11), "latent_image": latent, "start_point": "lr"}
-    got = setup.restore(features, **given, **MOVING) * VAE_SCALING_FACTOR
+    got = setup.restore(features, **given, **MOVING) * SDXL.vae_scaling_factor
     assert relative(got, expected) < 1e-4
     assert relative(setup.restore(features, **given, **MOVING | {"tile_grid": "fixed"}), got) > 0.01
 

@@ -11,7 +11,7 @@ from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file
 from support.host_sampling import GivenNoise, Setup, load, relative
 
-from faithdiff_core.sdxl import VAE_SCALING_FACTOR
+from faithdiff_core.backbone import SDXL
 
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 CASES = {case["name"]: case for case in MANIFEST["cases"]}
@@ -53,10 +53,10 @@ def test_faithdiff_sampler(setup: Setup, expected: dict[str, torch.Tensor], name
         tile_size=case["tile"],
         overlap=1 - case["overlap"],
         tile_batch=tile_batch,
-        latent_image=None if latent is None else {"samples": latent / VAE_SCALING_FACTOR},
+        latent_image=None if latent is None else {"samples": latent / SDXL.vae_scaling_factor},
         noise=GivenNoise(expected[f"{name}.noise"]),
     )
-    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * SDXL.vae_scaling_factor, expected[f"{name}.latent"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -74,10 +74,10 @@ def test_stock_sampler(setup: Setup, expected: dict[str, torch.Tensor], name: st
     samples = setup.guided(
         setup.cfg_guider(model, positive, negative, case["cfg"]),
         torch.zeros_like(noise),
-        {"samples": start / VAE_SCALING_FACTOR},
+        {"samples": start / SDXL.vae_scaling_factor},
         sigmas,
     )
-    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * SDXL.vae_scaling_factor, expected[f"{name}.latent"]) < TOLERANCE
 
 
 def test_own_checkpoint_at_full_strength(host: Host, expected: dict[str, torch.Tensor]) -> None:
@@ -89,10 +89,10 @@ def test_own_checkpoint_at_full_strength(host: Host, expected: dict[str, torch.T
         steps=5,
         start_point="lr",
         tile_size=128,
-        latent_image={"samples": expected[f"{name}.lr_latent"] / VAE_SCALING_FACTOR},
+        latent_image={"samples": expected[f"{name}.lr_latent"] / SDXL.vae_scaling_factor},
         noise=GivenNoise(expected[f"{name}.noise"]),
     )
-    assert relative(samples * VAE_SCALING_FACTOR, expected[f"{name}.latent"]) < TOLERANCE
+    assert relative(samples * SDXL.vae_scaling_factor, expected[f"{name}.latent"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 25, 30, 35, 50])

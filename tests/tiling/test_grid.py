@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from faithdiff_core import SettingsError, TileGrid, gaussian_weights
-from faithdiff_core.sdxl import tile_time_ids
+from faithdiff_core.backbone import tile_time_ids
 from faithdiff_core.tiling.blend import Span, composite, composite_spans
 from faithdiff_core.tiling.grid import tile_starts, tile_stride
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from faithdiff_core import SettingsError, WeightsError, read_faithdiff
 from faithdiff_core.cli import main
 from faithdiff_core.weights.merging import merge
-from faithdiff_core.weights.sdxl_names import CHECKPOINT_PREFIX, checkpoint_names, diffusers_names
+from faithdiff_core.weights.unet_names import CHECKPOINT_PREFIX, checkpoint_names, diffusers_names
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
 if TYPE_CHECKING:

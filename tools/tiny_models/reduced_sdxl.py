@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from faithdiff_core import AlignmentConfig, LQEncoder, LQEncoderConfig
+from faithdiff_core.backbone import SDXL
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
@@ -156,7 +157,7 @@ def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
         path: ends in .bin.
         seed: of the weights.
     """
-    unet = UNetConfig((320, 640, 1280), 2, (0, 2, 10), 10, 2048, 2816)
+    unet = UNetConfig.of(SDXL)
     weights = RandomWeights(seed)
     shapes = {**_adapter_shapes(), **unet.shapes()}
     torch.save({key: weights.tensor(key, shape) for key, shape in shapes.items()}, path)

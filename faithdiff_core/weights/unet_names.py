@@ -1,4 +1,4 @@
-"""The two spellings of an SDXL U-Net's tensors: diffusers' names, and those of single-file checkpoints."""
+"""The two spellings of a U-Net's tensors: diffusers' names, and those of single-file checkpoints."""
 
 from __future__ import annotations
 
