@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="OUT",
         help=f"a folder; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
     )
-    parser.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of files in a folder (png)")
+    parser.add_argument(
+        "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="of files in a folder (png)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
 

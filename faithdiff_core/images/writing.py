@@ -1,8 +1,9 @@
-"""Writing image files: PNG, JPEG and WebP, 8 and 16 bits, with text and profile."""
+"""Writing image files: PNG, TIFF, JPEG and WebP, 8 and 16 bits, with text and profile."""
 
 from __future__ import annotations
 
 import io
+import json
 import struct
 import zlib
 from collections.abc import Mapping
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 from .geometry import LARGEST_SIDE
 from .reading import LoadedImage
+from .tiff_writer import encode_tiff
 
-WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-"""Formats that are written; 16 bits are kept by PNG alone."""
+WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+"""Formats that are written; PNG and TIFF keep 16 bits."""
 
 JPEG_QUALITY = 95
 
@@ -45,7 +47,7 @@ def save_image(
     Args:
         path: ends with one of `WRITE_SUFFIXES`.
         image: grey, alpha, bits and profile decide about the file's mode.
-        text: entries for the file's metadata: PNG text, and the EXIF description (one JSON text) elsewhere.
+        text: entries for the file's metadata: PNG text, and the description of TIFF or EXIF (one JSON text) elsewhere.
 
     Returns:
         What a user should know: texts that are too long for the format, and were left out.
@@ -55,6 +57,19 @@ def save_image(
         OSError: the file cannot be written; nothing is left under its name.
     """
     path = Path(path)
+    content, notes = encode_image(path, image, text)
+    write_atomically(path, content)
+    return notes
+
+
+def encode_image(
+    path: Path, image: LoadedImage, text: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[str, ...]]:
+    """The bytes that `save_image` writes, and its notes; `path` is only looked at.
+
+    Raises:
+        ImageError: as `save_image`.
+    """
     suffix = check_output(path, *image.size, transparent=image.alpha is not None)
     kept = dict(text or {})
     notes: tuple[str, ...] = ()
@@ -63,9 +78,12 @@ def save_image(
             longest = max(kept, key=lambda key: len(kept[key]))
             del kept[longest]
             notes += (f"its metadata `{longest}` is longer than the 64 KB that JPEG takes, and was left out",)
-    content = _encode_png(image, kept) if suffix == ".png" else _encode_lossy(image, suffix, kept)
-    write_atomically(path, content)
-    return notes
+    if suffix == ".png":
+        return _encode_png(image, kept), notes
+    if suffix in (".tif", ".tiff"):
+        description = json.dumps(kept) if kept else ""
+        return encode_tiff(_quantised(image, image.bits), description=description, icc=image.icc), notes
+    return _encode_lossy(image, suffix, kept), notes
 
 
 def check_output_name(path: Path) -> str:
@@ -159,8 +177,6 @@ def _encode_png16(values: np.ndarray, icc: bytes | None, text: Mapping[str, str]
 
 def _exif(text: Mapping[str, str]) -> bytes:
     """EXIF data with all texts as one JSON text in the description."""
-    import json
-
     from PIL import Image
 
     exif = Image.Exif()

@@ -352,7 +352,7 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("name", "size", "transparent", "message"),
         [
-            ("a.bmp", (4, 4), False, "written as .png, .jpg, .jpeg, .webp, not as .bmp"),
+            ("a.bmp", (4, 4), False, "written as .png, .jpg, .jpeg, .webp, .tif, .tiff, not as .bmp"),
             ("a", (4, 4), False, "not as a name without ending"),
             ("a.jpg", (4, 4), True, "JPEG cannot hold the image's transparency"),
             ("a.webp", (4, 20000), False, "20000 x 4 is too large for .webp, whose sides have at most 16383"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+import torch
+from PIL import Image, ImageCms
 
 from faithdiff_core.errors import ImageError
 from faithdiff_core.images.reading import LoadedImage, decode_image, load_image
+from faithdiff_core.images.writing import save_image
 
 H, W = 33, 45
 Y, X = np.mgrid[0:H, 0:W]
@@ -183,3 +187,41 @@ def test_directories_in_a_circle_end() -> None:
     (entries,) = struct.unpack_from("<H", content, first)
     struct.pack_into("<I", content, first + 2 + 12 * entries, first)
     assert decode_image(bytes(content), "a.tif").notes == ()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_what_is_written(tmp_path: Path, bits: int, grey: bool, transparent: bool) -> None:
+    """tifffile, this package and, for 8 bits, Pillow read the values back; text and profile are there."""
+    height, width = 700, 333  # several strips, the last one shorter
+    values = np.random.default_rng(1).integers(0, 2**bits, (height, width, 1 if grey else 3), endpoint=False)
+    alpha = np.random.default_rng(2).integers(0, 2**bits, (height, width, 1), endpoint=False)
+    scaled = torch.from_numpy(values / (2**bits - 1)).float().permute(2, 0, 1)
+    opacity = torch.from_numpy(alpha / (2**bits - 1)).float().permute(2, 0, 1) if transparent else None
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    colors = scaled.expand(3, -1, -1)
+    image = LoadedImage(colors, opacity, grey, bits, None if grey else icc)
+    path = tmp_path / "a.TIF"
+    save_image(path, image, text={"faithdiff": '{"prompt": "Käse – 雪"}'})
+
+    expected = np.concatenate([values, alpha], -1) if transparent else values
+    with tifffile.TiffFile(path) as file:
+        page = file.pages[0]
+        assert np.array_equal(page.asarray().reshape(expected.shape), expected)
+        assert [int(kind) for kind in page.extrasamples] == [2] * transparent  # straight alpha
+        assert json.loads(json.loads(page.description)["faithdiff"]) == {"prompt": "Käse – 雪"}
+    loaded = load_image(path)
+    assert (loaded.bits, loaded.grey, loaded.notes, loaded.icc is None) == (bits, grey, (), grey)
+    assert torch.equal(loaded.colors, colors)
+    assert (loaded.alpha is not None) == transparent
+    if opacity is not None and loaded.alpha is not None:
+        assert torch.equal(loaded.alpha, opacity)
+    if bits == 8:
+        with Image.open(path) as opened:
+            assert np.array_equal(np.asarray(opened).reshape(expected.shape), expected)
+
+
+def test_a_small_one_is_written_in_one_strip(tmp_path: Path) -> None:
+    save_image(tmp_path / "a.tiff", LoadedImage(torch.full((3, 1, 1), 0.5), bits=16))
+    assert tifffile.imread(tmp_path / "a.tiff").tolist() == [[[32768, 32768, 32768]]]
