@@ -9,19 +9,23 @@ from pathlib import Path
 from ..dtypes import DTYPES
 from ..errors import printable
 from ..weights.conversion import convert
+from ..weights.marks import PREDICTIONS
 from .progress_line import ProgressLine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `convert`."""
     parser.description = (
-        "Split a FaithDiff file into NAME_unet.safetensors, which loads as any SDXL U-Net does, and\n"
+        "Split a FaithDiff file into NAME_unet.safetensors, which loads as any U-Net of its kind does, and\n"
         "NAME_adapter.safetensors with the LQ encoder and the alignment. Memory stays below 1.5 GB."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="FaithDiff.bin, or the same as safetensors")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to (beside FILE)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp16", help="of the U-Net; with fp8 the adapter is kept in fp16 (fp16)"
+    )
+    parser.add_argument(
+        "--prediction", choices=PREDICTIONS, help="what the U-Net predicts, where a file for SD 2.1 does not say it"
     )
     parser.add_argument("--force", action="store_true", help="overwrite files that are there")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -39,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
             args.file,
             args.output,
             args.dtype,
+            prediction=args.prediction,
             force=args.force,
             progress=lambda done, total: line.show("converting", done, total),
         )

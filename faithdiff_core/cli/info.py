@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dtypes import dtype_name
 from ..errors import printable
 from ..weights.faithdiff_file import FaithDiffWeights, read_faithdiff
+from ..weights.marks import IN_WORDS
 
 _KINDS = {
     "full": "a full FaithDiff file (U-Net, LQ encoder and alignment)",
@@ -40,7 +41,13 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
         return code
-    lines = [f"{args.file.name} is {_KINDS[facts['kind']]}."]
+    predicts = {None: "what its U-Net predicts is not said"} | {
+        key: f"predicts {word}" for key, word in IN_WORDS.items()
+    }
+    lines = [
+        f"{args.file.name} is {_KINDS[facts['kind']]}.",
+        f"  backbone: {facts['backbone']}; {predicts[facts['prediction']]}",
+    ]
     for name, part in facts["parts"].items():
         sizes = ", ".join(f"{key} {value}" for key, value in part["sizes"].items())
         dtypes = ", ".join(part["dtypes"])
@@ -70,7 +77,14 @@ def describe(weights: FaithDiffWeights) -> dict[str, Any]:
         }
         for name, part in weights.parts.items()
     }
-    return {"file": str(weights.path), "kind": weights.kind, "parts": parts, "metadata": weights.metadata}
+    return {
+        "file": str(weights.path),
+        "kind": weights.kind,
+        "backbone": weights.backbone.name,
+        "prediction": weights.marked or weights.backbone.prediction,
+        "parts": parts,
+        "metadata": weights.metadata,
+    }
 
 
 def _dtypes(state: dict[str, Tensor]) -> list[str]:

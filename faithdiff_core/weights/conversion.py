@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +23,7 @@ from ..dtypes import DTYPES, dtype_name
 from ..errors import SettingsError, WeightsError
 from .checkpoint_file import open_tensors
 from .faithdiff_file import ENCODER_PREFIX, FaithDiffWeights, part_of, read_faithdiff
+from .marks import PREDICTIONS, marks
 from .safetensors_writer import Layout, check_free, new_files, plan_file, to_disk, write_tensor
 
 FORMAT_VERSION = "1"
@@ -42,13 +44,15 @@ def convert(
     out_dir: str | Path | None = None,
     dtype: str | torch.dtype = "fp16",
     *,
+    prediction: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Path, Path]:
     """Split a FaithDiff file into `<name>_unet.safetensors` and `<name>_adapter.safetensors`.
 
-    The U-Net keeps diffusers' names and loads as any SDXL U-Net does. The adapter keeps the published names. Both carry
-    the format version, their dtype and the source's SHA-256 in their metadata. They are written under temporary names
+    The U-Net keeps diffusers' names and loads as any U-Net of its backbone does. The adapter keeps the published names.
+    Both carry the format version, their dtype and the source's SHA-256 in their metadata, and for another backbone than
+    SDXL which one it is and what its U-Net predicts. They are written under temporary names
     and renamed when both are whole; after an error or a cancel nothing is left behind.
 
     In an fp8 file only matrices and kernels have 8 bits: biases and norms are a thousandth of the size, and a norm's
@@ -59,6 +63,7 @@ def convert(
         path: a file that holds U-Net, LQ encoder and alignment.
         out_dir: folder to write to. Defaults to the source's.
         dtype: one of `DTYPES`, by name or as torch's.
+        prediction: what the U-Net predicts, `epsilon` (noise) or `v_prediction`, for a file that does not say it.
         force: overwrite files that are there.
         progress: called as progress(done, total) in bytes; may raise to cancel.
 
@@ -67,10 +72,12 @@ def convert(
 
     Raises:
         WeightsError: the source is no such file, or a value does not fit into the dtype.
-        SettingsError: the dtype is unknown, a file is in the way, or the disk is too full.
+        SettingsError: the dtype or the prediction is unknown, a file is in the way, or the disk is too full.
     """
     path = Path(path)
     target = check_dtype(dtype)
+    if prediction is not None and prediction not in PREDICTIONS:
+        raise SettingsError(f"prediction must be one of {', '.join(PREDICTIONS)}, got {prediction}.")
     folder = path.parent if out_dir is None else Path(out_dir)
     weights = read_faithdiff(path)
     if weights.kind != "full":
@@ -78,6 +85,11 @@ def convert(
             f"{path.name} holds only {', '.join(sorted(weights.parts))}; there is nothing to split. Give the published "
             f"FaithDiff.bin, which holds U-Net, LQ encoder and alignment."
         )
+    if weights.marked is not None and prediction not in (None, weights.marked):
+        raise SettingsError(
+            f"{path.name} says that its U-Net predicts {weights.marked}, and prediction is {prediction}. Leave it out."
+        )
+    weights = replace(weights, marked=weights.marked or prediction)
     paths = {name: folder / f"{path.stem}_{name}.safetensors" for name in ("unet", "adapter")}
     check_free(list(paths.values()), force)
     layouts = {name: _layout(name, path, weights, target) for name in paths}
@@ -137,6 +149,7 @@ def _layout(name: str, path: Path, weights: FaithDiffWeights, target: torch.dtyp
         "faithdiff.dtype": dtype_name(target if name == "unet" else widest),
         "faithdiff.source_sha256": _SHA256_PLACEHOLDER,
         "faithdiff.source": path.name,
+        **marks(weights.backbone, weights.prediction),
     }
     return plan_file(kinds, metadata)
 

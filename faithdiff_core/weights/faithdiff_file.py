@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..backbone import SDXL, Backbone
 from ..dtypes import READABLE_DTYPES, dtype_name
 from ..errors import SettingsError, WeightsError
 from ..finite import is_finite
@@ -21,6 +22,7 @@ from ..models.alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, from_p
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..models.shapes import Shape
 from .checkpoint_file import open_tensors
+from .marks import IN_WORDS, PREDICTIONS, marked_backbone, marked_prediction
 from .messages import REDOWNLOAD, listing
 from .unet_names import DIFFUSERS_PREFIXES
 from .unet_shapes import UNetConfig
@@ -68,6 +70,8 @@ class FaithDiffWeights:
         lq_encoder: the LQ encoder under diffusers' names of a VAE's encoder.
         alignment: the alignment under the published names.
         metadata: the text entries of a safetensors file; empty for a pickle.
+        backbone: the family that it is made for.
+        marked: what its metadata say that its U-Net predicts; None if they say nothing.
     """
 
     path: Path
@@ -75,6 +79,25 @@ class FaithDiffWeights:
     lq_encoder: Part[LQEncoderConfig] | None
     alignment: Part[AlignmentConfig] | None
     metadata: dict[str, str]
+    backbone: Backbone = SDXL
+    marked: str | None = None
+
+    @property
+    def prediction(self) -> str:
+        """What the U-Net predicts, `epsilon` (noise) or `v_prediction`.
+
+        Raises:
+            WeightsError: the file does not say it, and models of both kinds are common.
+        """
+        known = self.marked or self.backbone.prediction
+        if known is None:
+            raise WeightsError(
+                f"{self.path.name} is made for {self.backbone.name}, whose models predict "
+                f"{' or '.join(IN_WORDS.values())}, and does not say which. Convert it with `python -m faithdiff_core "
+                f"convert --prediction` and one of {' and '.join(PREDICTIONS)}, the `prediction_type` of the model "
+                f"that it was trained from."
+            )
+        return known
 
     @property
     def parts(self) -> dict[str, Part[Any]]:
@@ -175,8 +198,8 @@ def _default_dtype(tensor: Tensor) -> torch.dtype:
 def read_faithdiff(path: str | Path) -> FaithDiffWeights:
     """Open a FaithDiff file.
 
-    Takes the published `FaithDiff.bin`, the same tensors as safetensors, and the `*_unet` and `*_adapter` files that
-    `convert` writes. Every part is checked for missing and mis-shaped tensors.
+    Takes the published `FaithDiff.bin`, the same tensors as safetensors, the `*_unet` and `*_adapter` files that
+    `convert` writes, and what training on any backbone gives. Every part is checked for missing and mis-shaped tensors.
 
     Args:
         path: the file.
@@ -205,7 +228,13 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
             f"{path.name}: the U-Net begins with {unet.config.block_out_channels[0]} channels, but the alignment is "
             f"made for {alignment.config.unet_channels}. The parts belong to different models. {REDOWNLOAD}"
         )
-    return FaithDiffWeights(path, unet, encoder, alignment, metadata)
+    shown, said = unet.config.backbone if unet else None, marked_backbone(path, metadata)
+    if shown and said and shown is not said:
+        raise WeightsError(
+            f"{path.name} says that it is made for {said.name}, but its U-Net is one of {shown.name}. {REDOWNLOAD}"
+        )
+    backbone = shown or said or SDXL  # files without a mark are of the published kind
+    return FaithDiffWeights(path, unet, encoder, alignment, metadata, backbone, marked_prediction(path, metadata))
 
 
 def part_of(key: str) -> tuple[str, str] | None:
@@ -270,10 +299,6 @@ def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
         return "a VAE"
     if any(k.startswith(("text_model.", "text_projection", "transformer.text_model.")) for k in keys):
         return "a text encoder"
-    if any(k.startswith("down_blocks.") for k in keys) and not any(k.startswith("add_embedding.") for k in keys):
-        context = tensors.get("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight")
-        if context is not None:
-            return f"an SD {'1.5' if context.shape[1] == 768 else '2'} U-Net"
     return None
 
 

@@ -1,4 +1,4 @@
-"""FaithDiff onto another SDXL checkpoint, as a difference: merged = mine + strength * (FaithDiff - base).
+"""FaithDiff onto another checkpoint, as a difference: merged = mine + strength * (FaithDiff - base).
 
 FaithDiff's U-Net is a fine-tuned one. What it learned is its difference to the model it was trained from; added to
 another checkpoint's U-Net, that one keeps its style. Everything goes tensor by tensor, so that memory does not grow
@@ -17,22 +17,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..backbone import NOISE, V
 from ..dtypes import DTYPES
 from ..errors import SettingsError, WeightsError
 from ..finite import is_finite
 from ..models.shapes import Shape
 from .faithdiff_file import foreign_kind
+from .marks import marked_prediction
 from .messages import listing
 from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
 from .tensor_reader import TensorReader
 from .unet_names import diffusers_names
+from .unet_shapes import family_of
 
 LEAST_SIMILARITY = 0.5
 """Cosine of FaithDiff's weights and the base's below which the base is another model. Fine-tuning keeps it near 1;
 models that were trained apart have none.
 """
 
-OTHER_PREDICTIONS = ("v_pred", "edm_mean", "edm_vpred.sigma_max")
+MARKED_EDM = ("edm_mean", "edm_vpred.sigma_max")
+MARKED_V = "v_pred"
 """Entries of single files by which they say that they predict something else than noise."""
 
 UNET_FOLDER = "unet"
@@ -49,13 +53,14 @@ class UNetSource:
         path: the file or folder.
         readers: the files.
         names: diffusers' name of each tensor to its file and its name there.
+        backbone: the family that the layers belong to.
     """
 
     def __init__(self, path: str | Path) -> None:
         """Look through the files.
 
         Raises:
-            WeightsError: there is no SDXL U-Net; the text says what there is.
+            WeightsError: there is no U-Net of a known backbone; the text says what there is.
         """
         self.path = Path(path)
         self.readers = [TensorReader(file) for file in _unet_files(self.path)]
@@ -64,19 +69,30 @@ class UNetSource:
         for name, key in diffusers_names(set(keys)).items():
             self.names[name] = (keys[key], key)
             keys[key].check_weight(key)
-        if not self.names or "add_embedding.linear_1.weight" not in self.names:
+        backbone = family_of({name: reader.kinds[key][1] for name, (reader, key) in self.names.items()})
+        if backbone is None:
             shapes = {key: torch.empty(reader.kinds[key][1], device="meta") for key, reader in keys.items()}
             kind = foreign_kind(list(shapes), shapes)
-            what = f"is {kind}" if kind is not None and "SDXL" not in kind else "holds no SDXL U-Net"
+            what = f"is {kind}" if kind is not None and "an SD" not in kind else "holds no SDXL, SD 2.1 or SD 1.5 U-Net"
             raise WeightsError(
-                f"{self.path.name} {what}. Give an SDXL checkpoint in one file, a folder in diffusers' format, or an "
-                f"SDXL U-Net."
+                f"{self.path.name} {what}. Give an SDXL checkpoint (or one of SD 2.1 or SD 1.5) in one file, a folder "
+                f"in diffusers' format, or a U-Net."
             )
+        self.backbone = backbone
 
     def kind(self, name: str) -> tuple[torch.dtype, Shape]:
         """Dtype and shape of a tensor by diffusers' name."""
         reader, key = self.names[name]
         return reader.kinds[key]
+
+    @property
+    def prediction(self) -> str | None:
+        """What the U-Net predicts, in diffusers' words, or `EDM`; None if nothing says it and both kinds are common."""
+        said = [_folder_prediction(self.path)]
+        for reader in self.readers:
+            said.append(marked_prediction(reader.path, reader.metadata))
+            said += [V] * (MARKED_V in reader.kinds) + ["EDM"] * any(key in reader.kinds for key in MARKED_EDM)
+        return next((prediction for prediction in said if prediction is not None), self.backbone.prediction)
 
     def read(self, name: str) -> Tensor:
         """A tensor's values in float32.
@@ -149,24 +165,50 @@ def cosine(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def check_same_shapes(one: UNetSource, other: UNetSource) -> None:
-    """Check that two U-Nets have the same tensors.
+    """Check that two U-Nets are of the same backbone and have the same tensors.
 
     Raises:
-        WeightsError: they do not; the text names some.
+        WeightsError: they do not; the text names the backbones, or some of the tensors.
     """
+    if one.backbone is not other.backbone:
+        raise WeightsError(
+            f"{one.path.name} is a model of {one.backbone.name}, and {other.path.name} one of {other.backbone.name}: "
+            f"weights of the two cannot be mixed. Give models of the same kind."
+        )
     different = sorted(one.names.keys() ^ other.names.keys())
     if different:
         raise WeightsError(
             f"{one.path.name} and {other.path.name} do not have the same layers; only one has "
-            f"{listing(different[:3])}. Give SDXL models of the same build."
+            f"{listing(different[:3])}. Give models of the same build."
         )
     for name in one.names:
         shapes = one.kind(name)[1], other.kind(name)[1]
         if shapes[0] != shapes[1]:
             raise WeightsError(
-                f"{name} has the shape {shapes[0]} in {one.path.name}, but {shapes[1]} in {other.path.name}. Give SDXL "
+                f"{name} has the shape {shapes[0]} in {one.path.name}, but {shapes[1]} in {other.path.name}. Give "
                 f"models of the same build."
             )
+
+
+def check_same_prediction(one: UNetSource, faithdiff: UNetSource) -> None:
+    """Check that a U-Net predicts what FaithDiff's does.
+
+    Raises:
+        WeightsError: it does not, or that cannot be told.
+    """
+    kinds = [source.prediction for source in (one, faithdiff)]
+    for source, kind in zip((one, faithdiff), kinds, strict=True):
+        if kind is None:
+            raise WeightsError(
+                f"{source.path.name} does not say what its U-Net predicts, and models of {source.backbone.name} "
+                f"predict noise or v. Give a folder in diffusers' format, whose scheduler says it."
+            )
+    if kinds[0] != kinds[1]:
+        expected = {NOISE: "noise (v-prediction or EDM)", V: "v (noise or EDM)"}.get(str(kinds[1]), str(kinds[1]))
+        raise WeightsError(
+            f"{one.path.name} predicts something else than {expected}, which is what FaithDiff's U-Net predicts: "
+            f"weights of the two cannot be mixed."
+        )
 
 
 def merge(
@@ -180,13 +222,13 @@ def merge(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Add what FaithDiff learned to an SDXL checkpoint's U-Net: mine + strength * (FaithDiff - base).
+    """Add what FaithDiff learned to a checkpoint's U-Net: mine + strength * (FaithDiff - base).
 
     Everything else of the checkpoint is copied as it is. With FaithDiff's adapter, the result is used as a checkpoint
     with a U-Net of its own (`unet_strength` 0).
 
     Args:
-        checkpoint: an SDXL checkpoint in one file, or a folder in diffusers' format.
+        checkpoint: of the same backbone, in one file or as a folder in diffusers' format.
         faithdiff: a file with FaithDiff's U-Net.
         base: what FaithDiff was trained from, in any of these forms.
         output: a .safetensors file, or a folder for a folder.
@@ -208,14 +250,11 @@ def merge(
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
     mine, output = UNetSource(checkpoint), Path(output)
     _check_output(mine, output, force)
-    marked = [key for reader in mine.readers for key in OTHER_PREDICTIONS if key in reader.kinds]
-    if marked or _folder_prediction(mine.path) != "epsilon":
-        raise WeightsError(
-            f"{mine.path.name} predicts something else than noise (v-prediction or EDM), but FaithDiff's U-Net "
-            f"predicts noise: weights of the two cannot be mixed."
-        )
-    difference = Difference(UNetSource(faithdiff), UNetSource(base))
-    check_same_shapes(mine, difference.faithdiff)
+    theirs, trained_from = UNetSource(faithdiff), UNetSource(base)
+    check_same_shapes(mine, theirs)
+    for other in (mine, trained_from):
+        check_same_prediction(other, theirs)
+    difference = Difference(theirs, trained_from)
     metadata = {
         "faithdiff.merge": json.dumps(
             {
@@ -257,13 +296,13 @@ def _check_output(mine: UNetSource, output: Path, force: bool) -> None:
         raise SettingsError(f"{output} exists already. Remove it, choose another folder, or overwrite it (--force).")
 
 
-def _folder_prediction(path: Path) -> str:
-    """What a folder in diffusers' format says that its U-Net predicts; noise for anything else."""
+def _folder_prediction(path: Path) -> str | None:
+    """What a folder in diffusers' format says that its U-Net predicts; None where nothing does."""
     config = path / "scheduler" / "scheduler_config.json"
     if not config.is_file():
-        return "epsilon"
+        return None
     try:
-        return str(json.loads(config.read_text(encoding="utf-8")).get("prediction_type", "epsilon"))
+        return str(json.loads(config.read_text(encoding="utf-8")).get("prediction_type", NOISE))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{config} cannot be read as JSON ({error}).") from error
 

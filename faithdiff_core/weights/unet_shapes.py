@@ -85,25 +85,21 @@ class UNetConfig:
         context = next((s for k, s in shapes.items() if k.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
         if context is None:
             raise KeyError("mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
-        depths = tuple(
-            block_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.", MAX_DEPTH) for i in range(levels)
-        )
-        projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), None)
-        if projection is None:
-            raise KeyError("mid_block.attentions.0.proj_in.weight")
-        mid_depth = block_count(shapes, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH)
-        # SD 1 and 2 have one transformer block in each attention. More are SDXL's, from which layers are missing then.
-        added = max(*depths, mid_depth) > 1 or any(name.startswith("add_embedding.") for name in shapes)
+        backbone = family_of(shapes)
+        added = backbone is None or backbone.size_conditioning
         return cls(
             block_out_channels=tuple(shapes[f"down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(levels)),
             layers_per_block=block_count(shapes, "down_blocks.0.resnets.", MAX_LEVELS),
-            transformer_depths=depths,
-            mid_depth=mid_depth,
+            transformer_depths=tuple(
+                block_count(shapes, f"down_blocks.{i}.attentions.0.transformer_blocks.", MAX_DEPTH)
+                for i in range(levels)
+            ),
+            mid_depth=block_count(shapes, "mid_block.attentions.0.transformer_blocks.", MAX_DEPTH),
             cross_attention_dim=context[1],
             add_embedding_dim=shapes["add_embedding.linear_1.weight"][1] if added else None,
             in_channels=shapes["conv_in.weight"][1],
             out_channels=shapes["conv_out.weight"][0],
-            linear_projections=added or len(projection) == 2,
+            linear_projections=backbone is None or backbone.linear_projections,
         )
 
     def shapes(self) -> dict[str, Shape]:
@@ -187,3 +183,21 @@ class UNetConfig:
         norm("conv_norm_out", channels[0])
         conv("conv_out", self.out_channels, channels[0])
         return out
+
+
+def family_of(shapes: Mapping[str, Shape]) -> Backbone | None:
+    """The backbone that a U-Net's layers belong to.
+
+    Args:
+        shapes: of its tensors, under diffusers' names.
+
+    Returns:
+        None where the layers belong to none: transformers or SDXL's added conditions are missing.
+    """
+    if any(name.startswith("add_embedding.") for name in shapes):
+        return backbone_of(True, True)
+    projection = next((shape for name, shape in shapes.items() if name.endswith(".proj_in.weight")), None)
+    # SD 1 and 2 have one transformer block in each attention.
+    if projection is None or any(".transformer_blocks.1." in name for name in shapes):
+        return None
+    return backbone_of(False, len(projection) == 2)
