@@ -57,6 +57,7 @@ COMMANDS = {
     "train": Command("train FaithDiff, or a LoRA for it", "train", extra="train"),
     "caption": Command("write a caption beside each image of a folder", "caption"),
     "degrade": Command("make low-quality images as for training", "degrade", extra="train"),
+    "sweep": Command("restore images at every point of a grid of settings and compare them", "sweep", extra="metrics"),
     "evaluate": Command("score restored images", "evaluate", extra="metrics"),
 }
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="LIST",
         help=f"comma-separated, of {', '.join(FULL_REFERENCE + NO_REFERENCE)} (all that the reference allows), "
-        "psnry, ssimc, or any of pyiqa's names",
+        "psnry, ssimc, blur, or any of pyiqa's names",
     )
     chosen.add_argument("--preset", choices=sorted(PRESETS), help="faithdiff: the ten of the published evaluation")
     parser.add_argument(

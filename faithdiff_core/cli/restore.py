@@ -50,7 +50,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
+    add_model_options(parser)
+    add_size_options(parser)
+    add_text_options(parser)
+    method = parser.add_argument_group("method")
+    tiles = parser.add_argument_group("tiles")
+    for name, what in described(RestoreSettings).items():
+        if what.group in ("method", "tiles"):
+            add_option(method if what.group == "method" else tiles, RestoreSettings, name)
+    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
+    add_scheduler_option(method)
 
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `ModelFiles`, but for the scheduler."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model", type=Path, required=True, help="SDXL checkpoint file, or a folder in diffusers' format"
@@ -73,11 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="offload idle models to CPU memory: whole models, or layer by layer (none)",
     )
 
+
+def add_size_options(parser: argparse.ArgumentParser, **changes: Any) -> None:
+    """The size of results; `changes` replace argparse's arguments of `--scale`."""
     size = parser.add_argument_group("size").add_mutually_exclusive_group()
-    add_option(size, RestoreSettings, "scale", default=None)
+    add_option(size, RestoreSettings, "scale", **{"default": None, **changes})
     size.add_argument("--longest-side", type=int, metavar="PX", help="pixels of the longer side")
     size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
 
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Prompts and captions."""
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="", help="what the images show; helps, but may be left out")
     text.add_argument(
@@ -92,13 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"
     )
 
-    method = parser.add_argument_group("method")
-    tiles = parser.add_argument_group("tiles")
-    for name, what in described(RestoreSettings).items():
-        if what.group in ("method", "tiles"):
-            add_option(method if what.group == "method" else tiles, RestoreSettings, name)
-    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
-    method.add_argument(
+
+def add_scheduler_option(group: argparse._ArgumentGroup) -> None:
+    """The scheduler, by name."""
+    group.add_argument(
         "--scheduler",
         default="euler",
         metavar="NAME",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,17 @@ class ModelFiles:
             pipeline.load_lora(path, weight=weight)
         return pipeline
 
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of the last change of every file, so that a model that was trained further is another."""
+        paths = [self.model, self.faithdiff, self.unet, self.vae, *(path for path, _ in self.loras)]
+        files = [
+            file
+            for path in paths
+            if path is not None
+            for file in (sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path])
+        ]
+        return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
     def recorded(self) -> dict[str, Any]:
         """What is written into results: names without folders, since results travel."""
         names = ("model", "faithdiff", "unet", "vae")
@@ -112,7 +123,12 @@ class Restoration:
     seed: int = 0
 
     def restore(
-        self, pipeline: FaithDiffPipeline, source: Path, target: Path, progress: Progress | None = None
+        self,
+        pipeline: FaithDiffPipeline,
+        source: Path,
+        target: Path,
+        progress: Progress | None = None,
+        also_record: Mapping[str, Any] | None = None,
     ) -> Sequence[str]:
         """Restore one file.
 
@@ -121,6 +137,7 @@ class Restoration:
             source: an image; its caption is looked for beside it.
             target: where the result goes; never there in part.
             progress: see `FaithDiffPipeline`.
+            also_record: further entries of the metadata, as JSON has them.
 
         Returns:
             Notes for the user about the image.
@@ -151,6 +168,7 @@ class Restoration:
             ) from error
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
         recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
+        recipe |= also_record or {}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
         saved = save_image(target, replace(image, colors=result[0], alpha=alpha), text=text)
         return (*image.notes, *saved)

@@ -22,6 +22,10 @@ NO_REFERENCE = ("musiq", "clipiqa+", "niqe", "maniqa", "paq2piq")
 OWN = {"psnr": "rgb", "psnry": "y", "ssim": "y", "ssimc": "rgb"}
 """Metrics that are computed here, with pyiqa's names and meanings, and the channels they look at."""
 
+BLUR = "blur"
+"""The perceptual blur of Crete et al. (2007): 0 is sharp, 1 is blurred. It needs no reference and no weights, so there
+is one such metric wherever scikit-image is; noise counts as sharpness."""
+
 PRESETS: dict[str, tuple[str, ...]] = {
     "faithdiff": (
         "psnr",
@@ -110,6 +114,13 @@ def ssim(result: ImageArray, reference: ImageArray, channel: Channel = "rgb") ->
     return float((likeness * np.maximum(structure, 0)).mean())
 
 
+def blur(result: ImageArray) -> float:
+    """Perceptual blur of an 8-bit image, 0 (sharp) to 1, by scikit-image's `blur_effect`."""
+    from skimage.measure import blur_effect
+
+    return float(blur_effect(result, channel_axis=-1))
+
+
 def needs_reference(name: str) -> bool:
     """Whether a metric is known to compare with a reference."""
     return name in _REFERENCED
@@ -149,7 +160,7 @@ def available_metrics(names: Sequence[str], device: str) -> tuple[dict[str, Metr
     if unknown:
         raise SettingsError(f"Unknown metric(s) {', '.join(unknown)}; known are {', '.join(known)}.")
     for name in names:
-        if name in OWN:
+        if name in OWN or name == BLUR:
             found[name] = _own_metric(name)
             continue
         try:
@@ -173,7 +184,7 @@ def _reason(error: Exception) -> str:
 
 def _known_names() -> list[str]:
     """Names of the metrics: with pyiqa all of its own, else those that this project knows."""
-    known = dict.fromkeys((*OWN, *FULL_REFERENCE, *NO_REFERENCE, *PRESETS["faithdiff"]))
+    known = dict.fromkeys((*OWN, BLUR, *FULL_REFERENCE, *NO_REFERENCE, *PRESETS["faithdiff"]))
     try:
         import pyiqa
     except ImportError:
@@ -186,6 +197,8 @@ def _own_metric(name: str) -> Metric:
         import skimage.metrics  # noqa: F401
     except ImportError as error:
         raise MissingPackageError(f"{name} needs scikit-image; {install_extra('metrics')}.") from error
+    if name == BLUR:
+        return Metric(name, False, True, lambda result, _: blur(result))
     measure = psnr if name.startswith("psnr") else ssim
     channel: Channel = "y" if OWN[name] == "y" else "rgb"
     return Metric(name, True, False, lambda result, reference: measure(result, _needed(reference), channel))

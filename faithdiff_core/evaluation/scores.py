@@ -57,12 +57,13 @@ class Evaluation:
         """Half width of each mean's 95 % interval (Student's t); None for one image, or for a whole folder's score."""
         columns = zip(*self.scores.values(), strict=True) if self.metrics else ()
         return [
-            None if name in self.whole else _interval(column)
+            None if name in self.whole else confidence_interval(column)
             for name, column in zip(self.metrics, columns, strict=True)
         ]
 
 
-def _interval(values: Sequence[float]) -> float | None:
+def confidence_interval(values: Sequence[float]) -> float | None:
+    """Half width of the 95 % interval of a mean (Student's t); None for one value, or where one is not finite."""
     from scipy.stats import t
 
     if len(values) < 2 or not all(map(math.isfinite, values)):
@@ -112,7 +113,7 @@ def evaluate_folders(
         failures: dict[str, str] = {}
         for name, files in pairs.items():
             try:
-                scores[name] = _scores(metrics.values(), *files, border)
+                scores[name] = score_image(metrics.values(), *files, border)
             # Metrics are other packages' and raise whatever they like; the other images are still to be scored.
             except Exception as error:
                 failures[name] = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -129,7 +130,14 @@ def _score_folders(metric: Metric, folder: Path, reference: Path | None) -> floa
     return metric.score_folders(folder, reference)
 
 
-def _scores(metrics: Iterable[Metric], result_file: Path, reference_file: Path | None, border: int) -> list[float]:
+def score_image(
+    metrics: Iterable[Metric], result_file: Path, reference_file: Path | None, border: int = 0
+) -> list[float]:
+    """Score one image; NaN for metrics of whole folders.
+
+    Raises:
+        ImageError: image and reference have different sizes, or nothing is left without the border.
+    """
     result = _read(result_file)
     truth = None if reference_file is None else _read(reference_file)
     if truth is not None and truth.shape != result.shape:
@@ -154,7 +162,12 @@ def _scores(metrics: Iterable[Metric], result_file: Path, reference_file: Path |
     return scores
 
 
-def _files(path: Path) -> dict[str, Path]:
+def image_files(path: Path) -> dict[str, Path]:
+    """Images of a folder by their names in it, without endings; or a single image by its stem.
+
+    Raises:
+        ImageError: there is no such folder, or no image in it.
+    """
     if path.is_file():
         return {path.stem: path}
     if not path.is_dir():
@@ -166,10 +179,10 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def _pairs(results: Path, reference: Path | None) -> dict[str, tuple[Path, Path | None]]:
-    found = _files(results)
+    found = image_files(results)
     if reference is None:
         return {name: (file, None) for name, file in found.items()}
-    truths = _files(reference)
+    truths = image_files(reference)
     if results.is_file() and reference.is_file():
         return {results.stem: (results, reference)}
     lost = [name for name in found if name not in truths]

@@ -246,6 +246,7 @@ def test_no_block_is_left_out() -> None:
         "Start the server": {"sh"},
         "One image": {"console"},
         "A folder of images": {"console"},
+        "A sweep": {"console"},
         "In your own program": {"python"},
         "With curl": {"sh"},
         "With comfy-cli": {"sh"},
@@ -293,6 +294,20 @@ def test_a_folder(project: Project) -> None:
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert (restored / "broken.png").is_file()
     assert "0 restored, 3 skipped (done before), 0 failed" in project.shell(command)
+
+
+def test_a_sweep(project: Project) -> None:
+    (text,) = blocks("A sweep", "console")
+    project.console(text)
+    swept = project.folder / "swept"
+    for cfg, color_fix in ((1, "adain"), (3, "wavelet")):
+        result = project.result(f"swept/images/photo/cfg-{cfg}_color_fix-{color_fix}.png")
+        assert np.array_equal(result, project.expected("photo.jpg", node_9_cfg=cfg, node_11_color_fix=color_fix))
+    (swept / "images" / "photo" / "cfg-1_color_fix-adain.png").unlink()
+    command = text.splitlines()[0].removeprefix("$ ")
+    assert "1 made, 3 there before, 0 failed" in project.shell(command)
+    assert "3 made, 1 there before" in project.shell(command.replace("3", "2").replace("adain", "none"))
+    assert project.result("swept/sheet.png").shape[2] == 3
 
 
 def test_programs(project: Project) -> None:
