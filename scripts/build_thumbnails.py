@@ -90,6 +90,17 @@ def tiles(name: str) -> Image.Image:
     return out
 
 
+def moving_tiles(name: str) -> Image.Image:
+    """Split, with the borders of the tiles of two steps."""
+    out = split(name)
+    draw = ImageDraw.Draw(out)
+    for shift, color in ((SIDE // 24, LIGHT), (SIDE // 6, (247, 190, 84))):
+        for place in range(shift, SIDE, SIDE // 4):
+            draw.line((place, 0, place, SIDE), fill=color, width=2)
+            draw.line((0, place, SIDE, place), fill=color, width=2)
+    return out
+
+
 def edges(name: str) -> Image.Image:
     """Outlines on the left, restored on the right."""
     import cv2
@@ -115,6 +126,7 @@ def spoken(name: str, text: str) -> Image.Image:
 THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
     "faithdiff_2x": (lambda: split("chelsea.png"), "2x, as published"),
     "faithdiff_4x_progressive": (lambda: sizes("astronaut.png"), "4x in two passes"),
+    "faithdiff_8k": (lambda: moving_tiles("coffee.png"), "8K, in moving tiles"),
     "faithdiff_own_checkpoint_lora": (lambda: split("coffee.png"), "Your checkpoint + LoRA"),
     "faithdiff_few_steps": (lambda: split("rocket.jpg"), "8 steps"),
     "faithdiff_low_vram": (lambda: tiles("chelsea.png"), "6 to 8 GB"),

@@ -74,6 +74,20 @@ NOTES: dict[str, dict[str, Note]] = {
             "To stop after the first pass, save the image of the first **FaithDiff Finish Image**."
         ),
     },
+    "faithdiff_8k": {
+        "about": about(
+            "## FaithDiff up to 8K and beyond\n\n"
+            "Twice the size, and twice again, in tiles that move from step to step: a 2K scan becomes 8K. With "
+            "**tile_grid** on **moving** and **overlap** 0.125, 8192 x 8192 takes 81 tiles a step instead of the "
+            "published 225."
+        ),
+        "tips": tips(
+            "- **The published tiles:** **tile_grid** fixed, **overlap** 0.5.\n"
+            "- **A scan of 4K or more:** one pass is enough. Mute the second pass, and save the image of the first "
+            "**FaithDiff Finish Image**.\n"
+            "- **Little video memory:** in the loader **weight_dtype** fp8_e4m3fn, in the samplers **tile_batch** 1."
+        ),
+    },
     "faithdiff_own_checkpoint_lora": {
         "about": about(
             "## FaithDiff on your own checkpoint and LoRA\n\n"
@@ -109,8 +123,8 @@ NOTES: dict[str, dict[str, Note]] = {
     "faithdiff_low_vram": {
         "about": about(
             "## FaithDiff with 6 to 8 GB of video memory\n\n"
-            "Weights in fp8 (half the memory of fp16), encoding and decoding in tiles of 512, sampling in tiles of "
-            f"768, one at a time. Choose your image, {_PROMPT}, and run."
+            "Weights in fp8 (half the memory of fp16), encoding and decoding in tiles of 512, sampling in moving tiles "
+            f"of 768, one at a time. Choose your image, {_PROMPT}, and run."
         ),
         "tips": tips(
             "- **Still too much?** Sample in tiles of 512 (**tile_size**).\n"

@@ -122,6 +122,7 @@ def test_the_blueprint_opens_and_unfolds(browser: Page) -> None:
 RUNS: dict[str, list[tuple[int, int]]] = {
     "faithdiff_2x": [(64, 48)],
     "faithdiff_4x_progressive": [(128, 96)],
+    "faithdiff_8k": [(128, 96)],
     "faithdiff_few_steps": [(64, 48)],
     "faithdiff_controlnet": [(64, 48)],
     "faithdiff_auto_caption": [(64, 48)],
