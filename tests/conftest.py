@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from support.golden import Golden, read_golden
+
+from faithdiff_core.backbone import NOISE, SD15, SD21, Backbone, V
+
+if TYPE_CHECKING:
+    from tiny_models.backbones import TinyModel
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +25,16 @@ def golden() -> Golden:
 def _few_threads() -> None:
     """Small tensors are slower on many threads, and other test runs want cores, too."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def tiny_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[Backbone, TinyModel]:
+    """A v-predicting SD 2.1 and a noise-predicting SD 1.5, each with a FaithDiff file."""
+    from tiny_models.backbones import write_tiny_model
+
+    folder = tmp_path_factory.mktemp("backbones")
+    predictions = {SD21: V, SD15: NOISE}
+    return {backbone: write_tiny_model(folder / backbone.key, backbone, p) for backbone, p in predictions.items()}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The denoiser: from noisy latents of any size to the predicted noise, tile by tile."""
+"""The denoiser: from noisy latents of any size to the U-Net's prediction (noise or v), tile by tile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import tile_time_ids
+from ..backbone import Backbone, tile_time_ids
 from ..errors import SettingsError
 from ..models.alignment import Alignment
 from ..models.condition import ConditionEmbedder
@@ -23,7 +23,7 @@ Place = tuple[int, Tile]
 
 
 class TiledDenoiser:
-    """Predicts the noise of whole latents with the U-Net, the alignment, guidance and tiles.
+    """Predicts whole latents' noise, or v, with the U-Net, the alignment, guidance and tiles.
 
     Called as denoiser(x, t). All tiles of all images go through the U-Net, in groups of `tile_batch`, and their
     predictions are merged into one of the whole latent. A sampler that steps the whole latent with it therefore sees
@@ -33,6 +33,7 @@ class TiledDenoiser:
 
     Args:
         unet: diffusers' `UNet2DConditionModel`.
+        backbone: its family.
         alignment: FaithDiff's alignment, on the U-Net's device.
         features: of the LQ encoder, (B, C, h, w), on any device; None at strength 0.
         text: one row, or one for each image.
@@ -53,6 +54,7 @@ class TiledDenoiser:
     def __init__(
         self,
         unet: Any,
+        backbone: Backbone,
         alignment: Alignment,
         features: Tensor | None,
         text: TextConditioning,
@@ -72,7 +74,10 @@ class TiledDenoiser:
         if settings.strength and not fits:
             got = "none" if features is None else tuple(features.shape)
             raise SettingsError(f"Features must be ({batch}, channels, {height}, {width}) like the noise, got {got}.")
+        if backbone.size_conditioning and text.pooled is None:
+            raise SettingsError(f"{backbone.name} needs the text's pooled embeddings, too.")
         self.unet, self.features, self.device, self.dtype = unet, features, device, dtype
+        self.size_conditioning = backbone.size_conditioning
         self.cfg, self.tile_batch, self.progress = settings.cfg, settings.tile_batch, progress
         self.tile_size = settings.tile
         self.text = text.rows(batch, settings.cfg > 1, device, dtype)
@@ -87,7 +92,7 @@ class TiledDenoiser:
         self._done, self._total = 0, predictions * -(-batch * len(self.grids[0]) // self.tile_batch)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Predict the noise.
+        """Predict what the U-Net was trained to, noise or v; merging and guidance are linear in both.
 
         Args:
             x: latents as the U-Net takes them, (B, 4, h, w).
@@ -118,17 +123,18 @@ class TiledDenoiser:
         embeds, pooled = self.text.guided_rows([image for image, _ in group])
         copies = len(embeds) // len(group)
         latents = torch.cat([tile.crop(x[image : image + 1]) for image, tile in group])
-        height, width = x.shape[-2:]
-        ids = [tile_time_ids(height, width, tile.top, tile.left, self.tile_size) for _, tile in group]
+        added = {}
+        if self.size_conditioning:
+            height, width = x.shape[-2:]
+            ids = [tile_time_ids(height, width, tile.top, tile.left, self.tile_size) for _, tile in group]
+            time_ids = torch.tensor(ids, device=self.device, dtype=self.dtype)
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.repeat(copies, 1)}}
         prediction: Tensor = self.unet(
             latents.to(self.dtype).repeat(copies, 1, 1, 1),
             t,
             encoder_hidden_states=embeds,
-            added_cond_kwargs={
-                "text_embeds": pooled,
-                "time_ids": torch.tensor(ids, device=self.device, dtype=self.dtype).repeat(copies, 1),
-            },
             return_dict=False,
+            **added,
         )[0].float()
         if copies == 1:
             return prediction

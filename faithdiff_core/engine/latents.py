@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbone import VAE_SCALE_FACTOR
+from ..backbone import SDXL, VAE_SCALE_FACTOR
 from ..errors import NotFiniteError
 from ..finite import is_finite
 from ..vae.decoder_stages import parts_from_diffusers
@@ -88,10 +88,13 @@ def _finite(vae: Any, x: Tensor, what: str) -> Tensor:
 
 
 def _overflow(vae: Any, what: str) -> NotFiniteError:
-    return NotFiniteError(
-        f"The VAE gave values that are not finite while {what} in {vae.dtype}. SDXL's own VAE overflows "
-        f"in half precision: give `vae` the fp16-fix VAE (sdxl-vae-fp16-fix), or choose dtype bf16 or fp32."
-    )
+    remedy = "Choose dtype bf16 or fp32."
+    if vae.config.scaling_factor == SDXL.vae_scaling_factor:
+        remedy = (
+            "SDXL's own VAE overflows in half precision: give `vae` the fp16-fix VAE (sdxl-vae-fp16-fix), or choose "
+            "dtype bf16 or fp32."
+        )
+    return NotFiniteError(f"The VAE gave values that are not finite while {what} in {vae.dtype}. {remedy}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Loading for the engine: SDXL from a single file or a folder, FaithDiff's U-Net, VAEs and LoRAs, through diffusers."""
+"""Loading for the engine: a base model in a file or a folder, FaithDiff's U-Net, VAEs and LoRAs, through diffusers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from ..backbone import BACKBONES, Backbone, backbone_of
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
-
-DEFAULT_CONFIG = "stabilityai/stable-diffusion-xl-base-1.0"
-"""Where the configuration of single-file checkpoints is looked up unless a folder is given."""
+from ..weights.faithdiff_file import FaithDiffWeights
+from ..weights.lora_width import check_lora
+from ..weights.tensor_reader import TensorReader
+from ..weights.unet_names import diffusers_names
+from ..weights.unet_shapes import family_of
 
 Offload = Literal["none", "model", "sequential"]
 
@@ -78,55 +81,64 @@ def check_offload(offload: str, device: torch.device) -> None:
         raise SettingsError(f"offload={offload!r} needs an accelerator to offload from; on the CPU take 'none'.")
 
 
-def load_sdxl(
+def load_base(
     model: str | Path,
+    faithdiff: FaithDiffWeights,
     *,
     config: str | Path | None,
     vae: str | Path | None,
     unet_state: Mapping[str, Tensor] | None,
     dtype: torch.dtype,
 ) -> Any:
-    """Make diffusers' `StableDiffusionXLPipeline` on the CPU.
+    """Make diffusers' pipeline of FaithDiff's backbone on the CPU.
 
     Where FaithDiff brings a U-Net, the checkpoint's own is never built.
 
     Args:
         model: a single-file checkpoint or a folder in diffusers' format.
+        faithdiff: FaithDiff's file, which says for what backbone it is.
         config: for a single file, a folder (or hub name) in diffusers' format whose configuration and tokenizers are
-            used. Defaults to `DEFAULT_CONFIG` from the hub or its cache.
+            used. Defaults to the backbone's from the hub or its cache.
         vae: another VAE, a file or a folder.
         unet_state: a U-Net in diffusers' format to take instead of the checkpoint's.
         dtype: of all models.
 
     Raises:
-        WeightsError: the checkpoint is not SDXL or cannot be read, or the U-Net does not fit it.
+        WeightsError: the checkpoint is of another backbone or cannot be read, or the U-Net does not fit it.
     """
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    path = Path(model)
+    path, backbone = Path(model), faithdiff.backbone
     if not path.exists():
-        raise WeightsError(f"There is no SDXL checkpoint {path}. Check the name and the folder.")
-    folder = path if path.is_dir() else _config_folder(config)
-    _check_index(folder)
+        raise WeightsError(f"There is no {backbone.name} checkpoint {path}. Check the name and the folder.")
+    if path.is_file():
+        _check_backbone(path, _backbone_of_file(path), faithdiff)
+    folder = path if path.is_dir() else _config_folder(config, backbone)
+    _check_index(folder, faithdiff)
     parts: dict[str, Any] = {}
+    if backbone.pipeline == "StableDiffusionPipeline":
+        # Parts that look at the results, which are no part of the method.
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if unet_state is not None:
-        parts["unet"] = _build_unet(folder, unet_state, dtype)
+        parts["unet"] = _build_unet(folder, unet_state, dtype, backbone)
     if vae is not None:
-        parts["vae"] = _load_vae(Path(vae), folder, dtype)
+        parts["vae"] = _load_vae(Path(vae), folder, dtype, backbone)
+    kind = getattr(diffusers, backbone.pipeline)
     try:
         with _quiet_libraries():
             if path.is_dir():
-                return StableDiffusionXLPipeline.from_pretrained(
+                return kind.from_pretrained(
                     str(path), torch_dtype=dtype, variant=_variant(path), local_files_only=True, **parts
                 )
-            return StableDiffusionXLPipeline.from_single_file(
+            return kind.from_single_file(
                 str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **parts
             )
     except (*_LOAD_ERRORS, SingleFileComponentError) as error:
         raise WeightsError(
-            f"{path.name} could not be read as an SDXL checkpoint ({_first_line(error)}). Give a "
-            f"single-file SDXL checkpoint such as RealVisXL_V4.0.safetensors, or a folder in diffusers' format."
+            f"{path.name} could not be read as an {backbone.name} checkpoint ({_first_line(error)}). Give a "
+            f"single-file {backbone.name} checkpoint (for SDXL such as RealVisXL_V4.0.safetensors), or a folder in "
+            f"diffusers' format."
         ) from error
 
 
@@ -152,21 +164,23 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def _config_folder(config: str | Path | None) -> Path:
+def _config_folder(config: str | Path | None, backbone: Backbone) -> Path:
     if config is not None and Path(config).is_dir():
         return Path(config)
     from huggingface_hub import snapshot_download
 
+    name = str(config or backbone.configuration)
     try:
-        return Path(snapshot_download(str(config or DEFAULT_CONFIG), allow_patterns=["*.json", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.txt"]))
     except (OSError, ValueError) as error:
         raise WeightsError(
-            f"The configuration of {config or DEFAULT_CONFIG} could not be fetched ({type(error).__name__}). To work "
-            f"offline, give `config` a folder with an SDXL model's configuration and tokenizers in diffusers' format."
+            f"The configuration of {name} could not be fetched ({type(error).__name__}). To work offline, give "
+            f"`config` a folder with an {backbone.name} model's configuration and tokenizers in diffusers' format."
         ) from error
 
 
-def _check_index(folder: Path) -> None:
+def _check_index(folder: Path, faithdiff: FaithDiffWeights) -> None:
+    """Check that a folder holds a model of FaithDiff's backbone."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise WeightsError(
@@ -174,8 +188,36 @@ def _check_index(folder: Path) -> None:
             f"or a single-file checkpoint."
         )
     kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-    if not kind.startswith("StableDiffusionXL"):
-        raise WeightsError(f"{folder} holds a {kind or 'model of unknown kind'}; FaithDiff works on SDXL alone.")
+    unet = folder / "unet" / "config.json"
+    if not unet.is_file() or not kind.startswith("StableDiffusion"):
+        raise WeightsError(
+            f"{folder} holds a {kind or 'model of unknown kind'}; FaithDiff works on "
+            f"{', '.join(backbone.name for backbone in BACKBONES)} alone, and {faithdiff.path.name} on "
+            f"{faithdiff.backbone.name}."
+        )
+    _check_backbone(folder, backbone_of_unet(json.loads(unet.read_text(encoding="utf-8"))), faithdiff)
+
+
+def backbone_of_unet(config: Mapping[str, Any]) -> Backbone:
+    """The family of a U-Net with this configuration of diffusers."""
+    return backbone_of(config.get("addition_embed_type") == "text_time", bool(config.get("use_linear_projection")))
+
+
+def _backbone_of_file(path: Path) -> Backbone | None:
+    """The family of a single file's U-Net; None where there is none that is known."""
+    try:
+        kinds = TensorReader(path).kinds
+    except WeightsError:
+        return None  # diffusers reads more kinds of files, and has its own words for those that it cannot read
+    return family_of({name: kinds[key][1] for name, key in diffusers_names(set(kinds)).items()})
+
+
+def _check_backbone(path: Path, backbone: Backbone | None, faithdiff: FaithDiffWeights) -> None:
+    if backbone is not None and backbone is not faithdiff.backbone:
+        raise WeightsError(
+            f"{path.name} is a model of {backbone.name}, but {faithdiff.path.name} is made for "
+            f"{faithdiff.backbone.name}. Give a model and a FaithDiff file of the same kind."
+        )
 
 
 def _variant(folder: Path) -> str | None:
@@ -184,7 +226,7 @@ def _variant(folder: Path) -> str | None:
     return "fp16" if files and all(".fp16" in name for name in files) else None
 
 
-def _build_unet(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
+def _build_unet(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype, backbone: Backbone) -> Any:
     """A U-Net made on the meta device, which then takes over the given tensors one by one."""
     from accelerate import init_empty_weights
     from accelerate.utils import set_module_tensor_to_device
@@ -199,8 +241,9 @@ def _build_unet(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -
     if wrong:
         got = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
         raise WeightsError(
-            f"FaithDiff's U-Net does not fit the SDXL model: {len(wrong)} tensor(s) differ, such as {wrong[0]}, which "
-            f"should be {wanted.get(wrong[0], 'absent')} and is {got}. Use both with the same kind of SDXL."
+            f"FaithDiff's U-Net does not fit the {backbone.name} model: {len(wrong)} tensor(s) differ, such as "
+            f"{wrong[0]}, which should be {wanted.get(wrong[0], 'absent')} and is {got}. Use both with the same kind "
+            f"of {backbone.name}."
         )
     for name in wanted:
         # `clone` lets go of the file's mapping where the dtype does not change.
@@ -209,7 +252,7 @@ def _build_unet(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype) -
     return unet.eval()
 
 
-def _load_vae(path: Path, folder: Path, dtype: torch.dtype) -> Any:
+def _load_vae(path: Path, folder: Path, dtype: torch.dtype, backbone: Backbone) -> Any:
     from diffusers import AutoencoderKL
 
     if not path.exists():
@@ -222,21 +265,28 @@ def _load_vae(path: Path, folder: Path, dtype: torch.dtype) -> Any:
                 str(path), config=str(folder), subfolder="vae", torch_dtype=dtype, local_files_only=True
             )
     except _LOAD_ERRORS as error:
-        raise WeightsError(f"{path.name} could not be read as an SDXL VAE ({_first_line(error)}).") from error
+        raise WeightsError(
+            f"{path.name} could not be read as an {backbone.name} VAE ({_first_line(error)})."
+        ) from error
 
 
-def load_lora(sdxl: Any, path: str | Path, name: str) -> None:
+def load_lora(base: Any, path: str | Path, name: str, backbone: Backbone) -> None:
     """Load a LoRA file into a pipeline through diffusers' own loader, under an adapter name.
 
     Raises:
-        WeightsError: no such file, or nothing in it that belongs to this model.
+        WeightsError: no such file, one for another backbone, or nothing in it that belongs to this model.
     """
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"There is no LoRA file {path}. Check the name and the folder.")
+    check_lora(path, base.unet.config.cross_attention_dim, backbone)
     try:
-        sdxl.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
+        base.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True)
     except _LOAD_ERRORS as error:
-        raise WeightsError(f"{path.name} could not be read as a LoRA for SDXL ({_first_line(error)}).") from error
-    if not any(name in names for names in sdxl.get_list_adapters().values()):
-        raise WeightsError(f"{path.name} has nothing in it for this SDXL model. Is it a LoRA, and made for SDXL?")
+        raise WeightsError(
+            f"{path.name} could not be read as a LoRA for {backbone.name} ({_first_line(error)})."
+        ) from error
+    if not any(name in names for names in base.get_list_adapters().values()):
+        raise WeightsError(
+            f"{path.name} has nothing in it for this {backbone.name} model. Is it a LoRA, and made for {backbone.name}?"
+        )

@@ -23,8 +23,17 @@ from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
 from ..weights.faithdiff_file import read_faithdiff
-from .loading import Offload, check_offload, choose_device, choose_dtype, load_lora, load_sdxl, require_diffusers
-from .prediction import FAITHDIFF_PREDICTION, prediction_of, with_prediction
+from .loading import (
+    Offload,
+    backbone_of_unet,
+    check_offload,
+    choose_device,
+    choose_dtype,
+    load_base,
+    load_lora,
+    require_diffusers,
+)
+from .prediction import Prediction, prediction_of, with_prediction
 from .schedulers import make_scheduler
 from .settings import RestoreSettings, as_list, one_seed_each, one_text_each, same_size
 from .stages import Progress, Stages
@@ -38,13 +47,13 @@ Images = TypeVar("Images", Tensor, list[Tensor])
 
 
 class FaithDiffPipeline(Stages):
-    """FaithDiff on top of diffusers' SDXL pipeline.
+    """FaithDiff on top of diffusers' pipeline for its backbone: SDXL, SD 2.1 or SD 1.5.
 
     The alignment joins the U-Net by a forward hook on `conv_in`, which is there during sampling only; everything else,
-    LoRAs included, is the SDXL pipeline `sdxl`, which stays usable by itself.
+    LoRAs included, is the pipeline `base`, which stays usable by itself.
 
     Args:
-        sdxl: diffusers' `StableDiffusionXLPipeline`.
+        base: diffusers' `StableDiffusionXLPipeline`, or its `StableDiffusionPipeline` of SD 2.1 or SD 1.5.
         lq_encoder, alignment: FaithDiff's parts, from `FaithDiffWeights`.
         device: where to compute. Defaults to CUDA, MPS or the CPU, whichever is available.
         offload: `none` keeps all models on the device; `model` keeps one at a time there; `sequential` one layer of
@@ -58,7 +67,7 @@ class FaithDiffPipeline(Stages):
 
     def __init__(
         self,
-        sdxl: Any,
+        base: Any,
         lq_encoder: LQEncoder,
         alignment: Alignment,
         *,
@@ -68,40 +77,46 @@ class FaithDiffPipeline(Stages):
     ) -> None:
         self.device = choose_device(device)
         check_offload(offload, self.device)
+        self.backbone = backbone_of_unet(base.unet.config)
         if (
             alignment.config.feature_channels != lq_encoder.config.feature_channels
-            or alignment.config.unet_channels != sdxl.unet.config.block_out_channels[0]
-            or lq_encoder.config.scale != sdxl.vae_scale_factor
+            or alignment.config.unet_channels != base.unet.config.block_out_channels[0]
+            or lq_encoder.config.scale != base.vae_scale_factor
         ):
             raise WeightsError(
-                f"The SDXL model and FaithDiff's parts do not fit together: the U-Net begins with "
-                f"{sdxl.unet.config.block_out_channels[0]} channels and the VAE reduces {sdxl.vae_scale_factor} times; "
+                f"The {self.backbone.name} model and FaithDiff's parts do not fit together: the U-Net begins with "
+                f"{base.unet.config.block_out_channels[0]} channels and the VAE reduces {base.vae_scale_factor} times; "
                 f"the alignment is made for {alignment.config.unet_channels} channels, the LQ encoder reduces "
                 f"{lq_encoder.config.scale} times."
             )
-        self.sdxl = sdxl
+        if base.unet.config.in_channels != base.vae.config.latent_channels:
+            raise WeightsError(
+                f"The {self.backbone.name} model's U-Net takes {base.unet.config.in_channels} channels (an inpainting "
+                f"or editing variant), but FaithDiff's takes {base.vae.config.latent_channels}. Give an ordinary model."
+            )
+        self.base = base
         self.lq_encoder = lq_encoder
         self.alignment = alignment
         self.offload = offload
         self.condition_budget = condition_budget
         self._loras: dict[str, float] = {}
-        if sdxl.vae.dtype == torch.float16 and sdxl.vae.config.force_upcast:
+        if base.vae.dtype == torch.float16 and base.vae.config.force_upcast:
             # SDXL's own VAE overflows in half precision; its configuration says so.
-            sdxl.vae.to(torch.float32)
+            base.vae.to(torch.float32)
         self._place()
 
     def _place(self) -> None:
         """Put the models where they belong, or have accelerate's hooks do so when they are used."""
         if self.offload == "none":
-            self.sdxl.to(self.device)
+            self.base.to(self.device)
             self.lq_encoder.to(self.device)
             self.alignment.to(self.device)
         elif self.offload == "model":
-            self.sdxl.enable_model_cpu_offload(device=self.device)
+            self.base.enable_model_cpu_offload(device=self.device)
         else:
             # The tiled decode reads the VAE's parameters, which layer-wise offloading would take away; it is small.
-            self.sdxl._exclude_from_cpu_offload = ["vae"]
-            self.sdxl.enable_sequential_cpu_offload(device=self.device)
+            self.base._exclude_from_cpu_offload = ["vae"]
+            self.base.enable_sequential_cpu_offload(device=self.device)
 
     @classmethod
     def from_files(
@@ -120,18 +135,19 @@ class FaithDiffPipeline(Stages):
         """Make a pipeline from files.
 
         Args:
-            model: an SDXL checkpoint in a single file, or a folder in diffusers' format.
+            model: a checkpoint of FaithDiff's backbone (SDXL for the published one) in a single file, or a folder in
+                diffusers' format.
             faithdiff: a FaithDiff file. One with a U-Net replaces the checkpoint's; with an adapter alone, the
                 checkpoint's U-Net stays.
             unet: FaithDiff's U-Net where it is a separate file, as `convert` writes it.
             config: for a single-file checkpoint, a folder in diffusers' format to take configuration and tokenizers
-                from. Defaults to the hub's SDXL.
+                from. Defaults to the hub's of the backbone.
             vae: another VAE, a file or a folder.
             dtype: fp32, bf16 or fp16, by name or as torch's. Defaults to fp16 on accelerators and fp32 on the CPU.
             device, offload: see the class.
             scheduler: a name out of `SCHEDULERS` or any diffusers scheduler. Defaults to the published Euler. What
-                the U-Net predicts is set in it: noise for FaithDiff's, and for the checkpoint's own what its file or
-                its folder's scheduler tells.
+                the U-Net predicts is set in it: for FaithDiff's what its file says (noise for the published one), and
+                for the checkpoint's own what its file or its folder's scheduler tells.
 
         Raises:
             WeightsError: a file is not what it should be, or the files do not fit together.
@@ -144,25 +160,32 @@ class FaithDiffPipeline(Stages):
         chosen = make_scheduler(scheduler or "euler") if scheduler is None or isinstance(scheduler, str) else scheduler
         weights = read_faithdiff(faithdiff)
         weights.check_finite()
-        unet_part = weights.unet
+        unet_weights = weights
         if unet is not None:
             unet_weights = read_faithdiff(unet)
             unet_weights.check_finite()
-            unet_part = unet_weights.unet
-            if unet_part is None:
+            if unet_weights.unet is None:
                 raise WeightsError(f"{Path(unet).name} holds no U-Net; `convert` writes it as *_unet.safetensors.")
+            if unet_weights.backbone is not weights.backbone:
+                raise WeightsError(
+                    f"{Path(unet).name} is a U-Net of {unet_weights.backbone.name}, but {Path(faithdiff).name} is made "
+                    f"for {weights.backbone.name}. Give the two files of one conversion."
+                )
+        unet_part = unet_weights.unet
+        own = None if unet_part is None else Prediction(unet_weights.prediction)
         lq_encoder, alignment = weights.build_lq_encoder(dtype), weights.build_alignment(dtype)
         unet_state = unet_part.state if unet_part is not None else None
-        sdxl = load_sdxl(model, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
-        prediction = FAITHDIFF_PREDICTION if unet_part is not None else prediction_of(model, sdxl.scheduler)
-        sdxl.scheduler = with_prediction(chosen, prediction)
-        return cls(sdxl, lq_encoder, alignment, device=device, offload=offload)
+        base = load_base(model, weights, config=config, vae=vae, unet_state=unet_state, dtype=dtype)
+        if own is None:
+            own = prediction_of(model, base.scheduler, weights.backbone, config)
+        base.scheduler = with_prediction(chosen, own)
+        return cls(base, lq_encoder, alignment, device=device, offload=offload)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, adapter_name: str | None = None) -> None:
         """Add a LoRA file; several add up.
 
         Args:
-            path: a LoRA for SDXL in any format that diffusers reads.
+            path: a LoRA for the backbone in any format that diffusers reads.
             weight: its strength.
             adapter_name: name of the adapter. Defaults to the file's name.
 
@@ -175,19 +198,19 @@ class FaithDiffPipeline(Stages):
         if name in self._loras:
             raise SettingsError(f"A LoRA by the name {name!r} is loaded already; give another adapter_name.")
         # The hooks of offloading wrap layers that a LoRA replaces: they go first, and come back afterwards.
-        self.sdxl.remove_all_hooks()
+        self.base.remove_all_hooks()
         try:
-            load_lora(self.sdxl, path, name)
+            load_lora(self.base, path, name, self.backbone)
             self._loras[name] = weight
-            self.sdxl.set_adapters(list(self._loras), list(self._loras.values()))
+            self.base.set_adapters(list(self._loras), list(self._loras.values()))
         finally:
             self._place()
 
     def unload_loras(self) -> None:
         """Take all LoRAs out again."""
         if self._loras:
-            self.sdxl.remove_all_hooks()
-            self.sdxl.unload_lora_weights()
+            self.base.remove_all_hooks()
+            self.base.unload_lora_weights()
             self._loras.clear()
             self._place()
 
@@ -243,14 +266,17 @@ class FaithDiffPipeline(Stages):
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
         try:
+            takes_pooled = self.backbone.size_conditioning
             if prompt_embeds is None and pooled_prompt_embeds is None:
                 text = self.encode_text(
                     one_text_each(prompt, count, "prompt"),
                     one_text_each(negative_prompt, count, "negative_prompt"),
                     guided=settings.cfg > 1,
                 )
-            elif prompt_embeds is None or pooled_prompt_embeds is None:
+            elif prompt_embeds is None or (takes_pooled and pooled_prompt_embeds is None):
                 raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
+            elif not takes_pooled and pooled_prompt_embeds is not None:
+                raise SettingsError(f"{self.backbone.name} takes no pooled_prompt_embeds; leave them out.")
             else:
                 text = TextConditioning(
                     prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds
@@ -268,7 +294,7 @@ class FaithDiffPipeline(Stages):
                 for i, restored in zip(group, batch, strict=True):
                     results[i] = restored.to(inputs[i].device)
         finally:
-            self.sdxl.maybe_free_model_hooks()
+            self.base.maybe_free_model_hooks()
         return torch.stack(results) if isinstance(images, Tensor) else results
 
     def _pass(
@@ -284,7 +310,7 @@ class FaithDiffPipeline(Stages):
         """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
         padded = pad_to_multiple(enlarged, VAE_SCALE_FACTOR) * 2 - 1
         batch, _, height, width = padded.shape
-        shape = (self.sdxl.unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
+        shape = (self.base.unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
         if noise is None:
             noise = torch.cat([torch.randn((1, *shape), generator=generator) for generator in generators])
         elif tuple(noise.shape) != (batch, *shape):

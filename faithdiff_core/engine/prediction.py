@@ -1,7 +1,7 @@
 """What a U-Net predicts, and whether its noise schedule ends in pure noise: properties that go with its weights.
 
-FaithDiff's U-Net predicts noise on SDXL's schedule. With an adapter alone the checkpoint's own U-Net stays, and what
-that one predicts, its file or folder tells.
+FaithDiff's file says what its U-Net predicts; the published one predicts noise. With an adapter alone the checkpoint's
+own U-Net stays, and what that one predicts, its file or folder tells.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backbone import SDXL, Backbone
 from ..errors import SettingsError, WeightsError
 from ..weights.checkpoint_file import open_tensors
 
@@ -30,19 +31,19 @@ class Prediction:
     zero_snr: bool = False
 
 
-FAITHDIFF_PREDICTION = Prediction()
-"""What FaithDiff's U-Net predicts."""
-
-
-def prediction_of(model: str | Path, scheduler: Any) -> Prediction:
-    """What the U-Net of an SDXL checkpoint predicts.
+def prediction_of(
+    model: str | Path, scheduler: Any, backbone: Backbone = SDXL, config: str | Path | None = None
+) -> Prediction:
+    """What the U-Net of a checkpoint predicts.
 
     Args:
         model: a single file, whose marks are read, or a folder in diffusers' format.
         scheduler: the folder's.
+        backbone: the checkpoint's family.
+        config: the folder that was named as the single file's configuration.
 
     Raises:
-        WeightsError: it needs a kind of sampling that the engine does not have.
+        WeightsError: it needs a kind of sampling that the engine does not have, or nothing tells what it predicts.
     """
     path = Path(model)
     if path.is_file():
@@ -51,14 +52,19 @@ def prediction_of(model: str | Path, scheduler: Any) -> Prediction:
             raise _unsupported(path, "an EDM model")
         if "v_pred" in marks:
             return Prediction("v_prediction", "ztsnr" in marks)
+        if backbone.prediction is None and config is None:
+            raise WeightsError(
+                f"{path.name} does not say what its U-Net predicts, and models of {backbone.name} predict noise or v. "
+                f"Give `config` the folder of the model that it belongs to, whose scheduler says it."
+            )
     kind = type(scheduler).__name__
     if not hasattr(scheduler, "alphas_cumprod") or kind.startswith("EDM"):
         raise _unsupported(path, f"a model for {kind}")
-    config = scheduler.config
-    found = str(config.get("prediction_type", "epsilon"))
+    settings = scheduler.config
+    found = str(settings.get("prediction_type", "epsilon"))
     if found not in _SUPPORTED:
         raise _unsupported(path, f"a model that predicts {found!r}")
-    return Prediction(found, bool(config.get("rescale_betas_zero_snr", False)))
+    return Prediction(found, bool(settings.get("rescale_betas_zero_snr", False)))
 
 
 def with_prediction(scheduler: Any, prediction: Prediction) -> Any:

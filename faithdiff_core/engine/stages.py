@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbone import Backbone
 from ..errors import NotFiniteError
 from ..finite import is_finite
 from ..models.alignment import Alignment
@@ -21,6 +23,8 @@ from .schedulers import fresh_scheduler, initial_latent, noise_level, run_schedu
 from .settings import RestoreSettings
 from .text import TextConditioning
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); stages are `encode`, `sample` and `decode`. It may raise to cancel."""
 
@@ -29,14 +33,16 @@ class Stages:
     """Text, LQ features, latents, sampling and decoding with models that are loaded and placed.
 
     Attributes:
-        sdxl: diffusers' `StableDiffusionXLPipeline`.
+        base: diffusers' pipeline of the backbone (SDXL: `StableDiffusionXLPipeline`).
+        backbone: the base's family.
         lq_encoder, alignment: FaithDiff's parts.
         device: where to compute.
         offload: how models are kept off the device while they are not used.
         condition_budget: bytes of embedded conditions that are kept across steps.
     """
 
-    sdxl: Any
+    base: Any
+    backbone: Backbone
     lq_encoder: LQEncoder
     alignment: Alignment
     device: torch.device
@@ -44,16 +50,21 @@ class Stages:
     condition_budget: int
 
     @property
+    def sdxl(self) -> Any:
+        """The base under the name that it had while SDXL was the only backbone."""
+        return self.base
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the U-Net computes in."""
-        dtype: torch.dtype = self.sdxl.unet.dtype
+        dtype: torch.dtype = self.base.unet.dtype
         return dtype
 
     @torch.no_grad()
     def encode_text(
         self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
     ) -> TextConditioning:
-        """Encode texts with the checkpoint's two text encoders.
+        """Encode texts with the checkpoint's text encoders.
 
         An empty negative prompt is encoded too, as FaithDiff was published. (SDXL pipelines take zeros for a negative
         prompt that is absent.)
@@ -64,14 +75,16 @@ class Stages:
             guided: whether guidance needs the negative ones.
         """
         negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)
-        embeds, negative_embeds, pooled, negative_pooled = self.sdxl.encode_prompt(
+        encoded = self.base.encode_prompt(
             prompt=list(prompts),
             negative_prompt=negative,
             device=self.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
         )
-        self.sdxl.maybe_free_model_hooks()
+        self.base.maybe_free_model_hooks()
+        # Embeddings and negative ones; where the U-Net takes pooled ones too, these follow in the same order.
+        embeds, negative_embeds, pooled, negative_pooled = (*encoded, None, None)[:4]
         return TextConditioning(embeds, pooled, negative_embeds, negative_pooled)
 
     def encode_lq(
@@ -107,8 +120,8 @@ class Stages:
         Raises:
             NotFiniteError: the VAE overflows in half precision.
         """
-        latent = encode_latent(self.sdxl.vae, pixels, tile, self.device)
-        self.sdxl.maybe_free_model_hooks()
+        latent = encode_latent(self.base.vae, pixels, tile, self.device)
+        self.base.maybe_free_model_hooks()
         return latent
 
     @torch.no_grad()
@@ -127,8 +140,8 @@ class Stages:
         Raises:
             NotFiniteError: the VAE overflows in half precision.
         """
-        pixels = decode_latent(self.sdxl.vae, latent, tile, self.device, _staged(progress, "decode"))
-        self.sdxl.maybe_free_model_hooks()
+        pixels = decode_latent(self.base.vae, latent, tile, self.device, _staged(progress, "decode"))
+        self.base.maybe_free_model_hooks()
         return (pixels / 2 + 0.5).clamp(0, 1)
 
     @torch.no_grad()
@@ -169,13 +182,16 @@ class Stages:
             NotFiniteError: the U-Net overflows in half precision.
         """
         settings = (settings or RestoreSettings()).changed(**overrides)
+        if settings.tile > self.backbone.tile:
+            _say_tiles_are_large(self.backbone.name, self.backbone.tile)
         batch, _, height, width = noise.shape
         seeds = [generator.initial_seed() for generator in generators] if generators else None
-        scheduler = fresh_scheduler(self.sdxl.scheduler, seeds)
+        scheduler = fresh_scheduler(self.base.scheduler, seeds)
         scheduler.set_timesteps(settings.steps, device=self.device)
         dtype = self.dtype  # asked once: diffusers looks through all parameters to tell
         denoiser = TiledDenoiser(
-            self.sdxl.unet,
+            self.base.unet,
+            self.backbone,
             self.alignment,
             features,
             text,
@@ -192,8 +208,8 @@ class Stages:
         noise = noise.to(self.device, torch.float32)
         lq_latent = None if lq_latent is None else lq_latent.to(self.device, torch.float32)
         x = initial_latent(scheduler, settings.start, noise, lq_latent)
-        extra = self.sdxl.prepare_extra_step_kwargs(generators, 0.0)
-        with self._on_device(self.alignment), denoiser.hook.on(self.sdxl.unet):
+        extra = self.base.prepare_extra_step_kwargs(generators, 0.0)
+        with self._on_device(self.alignment), denoiser.hook.on(self.base.unet):
             x = run_scheduler(scheduler, denoiser, x, **extra)
         if not is_finite(x):
             raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
@@ -208,6 +224,12 @@ class Stages:
         finally:
             if self.offload != "none":
                 module.to("cpu")
+
+
+@cache
+def _say_tiles_are_large(name: str, tile: int) -> None:
+    """Warn, once, that tiles are larger than the images that the backbone was trained on."""
+    logger.warning("%s was trained on images of %d px; tiles of that side (tile=%d) look better", name, tile, tile)
 
 
 def _staged(progress: Progress | None, stage: str) -> Callable[[int, int], None] | None:

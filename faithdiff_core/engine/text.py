@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +17,12 @@ class TextConditioning:
 
     Attributes:
         embeds: (B, tokens, width) of the prompts.
-        pooled: (B, pooled width) of the prompts.
+        pooled: (B, pooled width) of the prompts; None for a backbone that takes none.
         negative_embeds, negative_pooled: the same of the negative prompts; needed for guidance (cfg above 1).
     """
 
     embeds: Tensor
-    pooled: Tensor
+    pooled: Tensor | None = None
     negative_embeds: Tensor | None = None
     negative_pooled: Tensor | None = None
 
@@ -32,41 +32,42 @@ class TextConditioning:
         Raises:
             SettingsError: neither one row nor one for each image, or no negative text where guidance needs it.
         """
-        negative_embeds, negative_pooled = self.negative_embeds, self.negative_pooled
-        if guided and (negative_embeds is None or negative_pooled is None):
+        missing = self.negative_embeds is None or (self.pooled is not None and self.negative_pooled is None)
+        if guided and missing:
             raise SettingsError("cfg above 1 needs both of the negative prompt's embeddings; give them or take cfg 1.")
 
-        def fit(x: Tensor) -> Tensor:
+        def fit(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
             if x.shape[0] not in (1, batch):
                 raise SettingsError(f"Text embeddings: expected 1 or {batch} rows, got {tuple(x.shape)}.")
             return x.to(device=device, dtype=dtype).expand(batch, *x.shape[1:])
 
-        return TextConditioning(
-            fit(self.embeds),
-            fit(self.pooled),
-            fit(negative_embeds) if guided and negative_embeds is not None else None,
-            fit(negative_pooled) if guided and negative_pooled is not None else None,
-        )
+        return self._each(lambda x, negative: fit(x) if guided or not negative else None)
 
     def select(self, images: Sequence[int]) -> TextConditioning:
         """The rows of some images; a text of one row serves all."""
 
-        def pick(x: Tensor) -> Tensor:
-            return x if x.shape[0] == 1 else x[list(images)]
+        return self._each(lambda x, _: x if x is None or x.shape[0] == 1 else x[list(images)])
 
+    def _each(self, change: Callable[[Tensor | None, bool], Tensor | None]) -> TextConditioning:
+        """The same with each tensor changed; the second argument tells whether it is of the negative prompts."""
+        embeds = change(self.embeds, False)
+        assert embeds is not None
         return TextConditioning(
-            pick(self.embeds),
-            pick(self.pooled),
-            None if self.negative_embeds is None else pick(self.negative_embeds),
-            None if self.negative_pooled is None else pick(self.negative_pooled),
+            embeds, change(self.pooled, False), change(self.negative_embeds, True), change(self.negative_pooled, True)
         )
 
-    def guided_rows(self, images: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def guided_rows(self, images: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Embeddings and pooled embeddings for a U-Net call: all negative rows first, where there are any."""
         index = list(images)
-        if self.negative_embeds is None or self.negative_pooled is None:
-            return self.embeds[index], self.pooled[index]
-        return (
-            torch.cat([self.negative_embeds[index], self.embeds[index]]),
-            torch.cat([self.negative_pooled[index], self.pooled[index]]),
-        )
+
+        def rows(x: Tensor | None, negative: Tensor | None) -> Tensor | None:
+            if x is None or self.negative_embeds is None:
+                return None if x is None else x[index]
+            assert negative is not None
+            return torch.cat([negative[index], x[index]])
+
+        embeds = rows(self.embeds, self.negative_embeds)
+        assert embeds is not None
+        return embeds, rows(self.pooled, self.negative_pooled)

@@ -210,6 +210,7 @@ def test_empty_negative_prompt_is_encoded(pipeline: FaithDiffPipeline) -> None:
     empty = pipeline.encode_text([""])
     assert text.negative_embeds is not None
     assert text.negative_pooled is not None
+    assert empty.pooled is not None
     for row in range(2):
         assert close(text.negative_embeds[row], empty.embeds[0])
         assert close(text.negative_pooled[row], empty.pooled[0])
@@ -535,7 +536,9 @@ def test_bad_models(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"has no model_index.json"):
         load(tmp_path, golden)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(WeightsError, match="holds a StableDiffusionPipeline; FaithDiff works on SDXL alone"):
+    with pytest.raises(
+        WeightsError, match=r"holds a StableDiffusionPipeline; FaithDiff works on .*, and faithdiff_tiny.* on SDXL"
+    ):
         load(tmp_path, golden)
     with pytest.raises(WeightsError, match=r"faithdiff_tiny.safetensors could not be read as an SDXL checkpoint"):
         load(golden.model, golden, config=tiny_sdxl)

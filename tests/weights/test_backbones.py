@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models.backbones import CONTEXT, TinyModel, write_tiny_model
+from tiny_models.backbones import CONTEXT, TinyModel
 from tiny_models.checkpoints import single_file_unet_key
 
 from faithdiff_core import SettingsError, WeightsError, convert, read_faithdiff
@@ -24,13 +24,6 @@ FULL_SIZE: dict[Backbone, dict[str, Any]] = {
     SD21: {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
     SD15: {"attention_head_dim": 8, "cross_attention_dim": 768},
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[Backbone, TinyModel]:
-    """A v-predicting SD 2.1 and a noise-predicting SD 1.5."""
-    folder = tmp_path_factory.mktemp("tiny")
-    return {b: write_tiny_model(folder / b.key, b, V if b is SD21 else NOISE) for b in (SD21, SD15)}
 
 
 @pytest.mark.parametrize("backbone", FULL_SIZE, ids=lambda b: b.key)
@@ -57,19 +50,23 @@ def test_layers_are_those_of_diffusers(backbone: Backbone) -> None:
     }
 
 
-def test_files_are_recognised(tiny: dict[Backbone, TinyModel], capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_recognised(tiny_backbones: dict[Backbone, TinyModel], capsys: pytest.CaptureFixture[str]) -> None:
     for backbone, words in ((SD21, "SD 2.1; predicts v"), (SD15, "SD 1.5; predicts noise")):
-        weights = read_faithdiff(tiny[backbone].faithdiff)
-        assert (weights.kind, weights.backbone, weights.prediction) == ("full", backbone, tiny[backbone].prediction)
-        assert main(["info", str(tiny[backbone].faithdiff)]) == 0
+        weights = read_faithdiff(tiny_backbones[backbone].faithdiff)
+        assert (weights.kind, weights.backbone, weights.prediction) == (
+            "full",
+            backbone,
+            tiny_backbones[backbone].prediction,
+        )
+        assert main(["info", str(tiny_backbones[backbone].faithdiff)]) == 0
         assert f"backbone: {words}\n" in capsys.readouterr().out
-        assert main(["info", "--json", str(tiny[backbone].faithdiff)]) == 0
+        assert main(["info", "--json", str(tiny_backbones[backbone].faithdiff)]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert (facts["backbone"], facts["prediction"]) == (backbone.name, tiny[backbone].prediction)
+        assert (facts["backbone"], facts["prediction"]) == (backbone.name, tiny_backbones[backbone].prediction)
 
 
-def test_converted_files_keep_their_backbone(tiny: dict[Backbone, TinyModel], tmp_path: Path) -> None:
-    for backbone, model in tiny.items():
+def test_converted_files_keep_their_backbone(tiny_backbones: dict[Backbone, TinyModel], tmp_path: Path) -> None:
+    for backbone, model in tiny_backbones.items():
         source = load_file(model.faithdiff)
         paths = convert(model.faithdiff, tmp_path / backbone.key, "fp32")
         parts = [load_file(path) for path in paths]
@@ -80,23 +77,23 @@ def test_converted_files_keep_their_backbone(tiny: dict[Backbone, TinyModel], tm
             assert (read.kind, read.backbone, read.prediction) == (kind, backbone, model.prediction)
 
 
-def test_what_a_pickle_predicts_has_to_be_said(tiny: dict[Backbone, TinyModel], tmp_path: Path) -> None:
+def test_what_a_pickle_predicts_has_to_be_said(tiny_backbones: dict[Backbone, TinyModel], tmp_path: Path) -> None:
     """A pickle has no metadata, and models of SD 2.1 predict noise or v."""
     path = tmp_path / "FaithDiff.bin"
-    torch.save(load_file(tiny[SD21].faithdiff), path)
+    torch.save(load_file(tiny_backbones[SD21].faithdiff), path)
     with pytest.raises(WeightsError, match=r"FaithDiff.bin is made for SD 2.1, .* noise or v, .*--prediction"):
         convert(path)
     assert main(["convert", str(path), "--prediction", "epsilon", "--quiet"]) == 0
     assert read_faithdiff(tmp_path / "FaithDiff_adapter.safetensors").prediction == NOISE
     with pytest.raises(SettingsError, match="says that its U-Net predicts v_prediction, and prediction is epsilon"):
-        convert(tiny[SD21].faithdiff, tmp_path, prediction=NOISE)
+        convert(tiny_backbones[SD21].faithdiff, tmp_path, prediction=NOISE)
     with pytest.raises(SettingsError, match="prediction must be one of epsilon, v_prediction, got x"):
         convert(path, prediction="x")
-    torch.save(load_file(tiny[SD15].faithdiff), path)
+    torch.save(load_file(tiny_backbones[SD15].faithdiff), path)
     assert read_faithdiff(path).prediction == NOISE  # SD 1.5 has one kind
 
 
-def test_marks_that_are_wrong(tiny: dict[Backbone, TinyModel], tmp_path: Path) -> None:
+def test_marks_that_are_wrong(tiny_backbones: dict[Backbone, TinyModel], tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     for metadata, message in (
         ({"faithdiff.backbone": "sd15"}, "says that it is made for SD 1.5, but its U-Net is one of SD 2.1"),
@@ -106,7 +103,7 @@ def test_marks_that_are_wrong(tiny: dict[Backbone, TinyModel], tmp_path: Path) -
             "says that its U-Net predicts 'x0', but supported are epsilon and v_prediction",
         ),
     ):
-        save_file(load_file(tiny[SD21].faithdiff), path, metadata)
+        save_file(load_file(tiny_backbones[SD21].faithdiff), path, metadata)
         with pytest.raises(WeightsError, match=message):
             read_faithdiff(path)
 
@@ -133,23 +130,23 @@ def single_file(model: TinyModel, path: Path, noise: float = 0.0) -> Path:
     return path
 
 
-def test_merging(tiny: dict[Backbone, TinyModel], tmp_path: Path) -> None:
-    base = single_file(tiny[SD15], tmp_path / "base.safetensors", 0.1)
+def test_merging(tiny_backbones: dict[Backbone, TinyModel], tmp_path: Path) -> None:
+    base = single_file(tiny_backbones[SD15], tmp_path / "base.safetensors", 0.1)
     assert UNetSource(base).backbone is SD15
-    merged = load_file(merge(base, tiny[SD15].faithdiff, base, tmp_path / "merged.safetensors"))
-    faithdiff = load_file(single_file(tiny[SD15], tmp_path / "faithdiff.safetensors"))
+    merged = load_file(merge(base, tiny_backbones[SD15].faithdiff, base, tmp_path / "merged.safetensors"))
+    faithdiff = load_file(single_file(tiny_backbones[SD15], tmp_path / "faithdiff.safetensors"))
     assert all(torch.allclose(value, merged[key], atol=1e-6) for key, value in faithdiff.items())
     with pytest.raises(WeightsError, match=r"base.safetensors is a model of SD 1.5, and faithdiff.* one of SD 2.1"):
-        merge(base, tiny[SD21].faithdiff, base, tmp_path / "other.safetensors")
+        merge(base, tiny_backbones[SD21].faithdiff, base, tmp_path / "other.safetensors")
     # A single file of SD 2.1 does not say what it predicts; a folder does.
-    base = single_file(tiny[SD21], tmp_path / "base21.safetensors", 0.1)
+    base = single_file(tiny_backbones[SD21], tmp_path / "base21.safetensors", 0.1)
     with pytest.raises(WeightsError, match=r"base21.safetensors does not say what .* Give a folder"):
-        merge(base, tiny[SD21].faithdiff, base, tmp_path / "other.safetensors")
+        merge(base, tiny_backbones[SD21].faithdiff, base, tmp_path / "other.safetensors")
     save_file(load_file(base), base, {"faithdiff.prediction": NOISE})
     with pytest.raises(WeightsError, match=r"base21.safetensors predicts something else than v \(noise or EDM\)"):
-        merge(base, tiny[SD21].faithdiff, base, tmp_path / "other.safetensors")
+        merge(base, tiny_backbones[SD21].faithdiff, base, tmp_path / "other.safetensors")
     save_file(load_file(base), base, {"faithdiff.prediction": V})
-    merge(base, tiny[SD21].faithdiff, base, tmp_path / "other.safetensors")
+    merge(base, tiny_backbones[SD21].faithdiff, base, tmp_path / "other.safetensors")
 
 
 def test_every_backbone_has_its_own_key() -> None:

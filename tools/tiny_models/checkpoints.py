@@ -91,8 +91,10 @@ def single_file_vae(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     return out
 
 
-def single_file_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The second text encoder's tensors as OpenCLIP has them."""
+def single_file_open_clip(
+    state: dict[str, Tensor], prefix: str = "conditioner.embedders.1.model."
+) -> dict[str, Tensor]:
+    """A text encoder's tensors as OpenCLIP has them; the prefix is that of SDXL's second one."""
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key.removeprefix("text_model.")
@@ -118,7 +120,7 @@ def single_file_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
         ):
             name = name.replace(ours, theirs)
         out[name] = value
-    return {f"conditioner.embedders.1.model.{name}": value for name, value in out.items()}
+    return {prefix + name: value for name, value in out.items()}
 
 
 def make_single_file(tiny_sdxl: Path, folder: Path) -> tuple[Path, Path, Path]:
@@ -162,6 +164,39 @@ def make_single_file(tiny_sdxl: Path, folder: Path) -> tuple[Path, Path, Path]:
     state |= single_file_open_clip(parts["text_encoder_2"].state_dict())
     save_file({key: value.contiguous() for key, value in state.items()}, checkpoint)
     return checkpoint, configuration, whole
+
+
+def make_single_file_sd(model: Path, folder: Path) -> tuple[Path, Path]:
+    """A tiny SD 2.1 or SD 1.5 as a single-file checkpoint.
+
+    Args:
+        model: its folder in diffusers' format.
+        folder: where to write.
+
+    Returns:
+        The checkpoint, and a folder with its configuration and no weights.
+    """
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    pipeline = StableDiffusionPipeline.from_pretrained(str(model), safety_checker=None, local_files_only=True)
+    configuration, checkpoint = folder / "configuration", folder / "checkpoint.safetensors"
+    shutil.copytree(model, configuration, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    unet = pipeline.unet.config
+    attended = {i for i, kind in enumerate(unet.up_block_types) if kind.startswith("CrossAttn")}
+    state = {
+        f"model.diffusion_model.{single_file_unet_key(key, unet.layers_per_block, attended)}": value
+        for key, value in pipeline.unet.state_dict().items()
+    }
+    state |= single_file_vae(pipeline.vae.state_dict(), len(pipeline.vae.config.block_out_channels))
+    text = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in pipeline.text_encoder.state_dict().items()}
+    if unet.use_linear_projection:
+        text["text_projection.weight"] = torch.eye(pipeline.text_encoder.config.hidden_size)
+        state |= single_file_open_clip(text, "cond_stage_model.model.")
+    else:
+        state |= {f"cond_stage_model.transformer.{key}": value for key, value in text.items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, checkpoint)
+    return checkpoint, configuration
 
 
 def make_lora(unet: Any, path: Path, rank: int = 2) -> dict[str, Tensor]:
