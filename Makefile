@@ -30,8 +30,9 @@ help:
 demo: install
 	$(PY) demo/run.py
 
+# One process a core, four at most; the tests of a file share a server or a model, so they stay together.
 test: lint host-note
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-full: lint host-note
 	$(PY) -m pytest -m "slow or not slow"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,15 @@ def golden() -> Golden:
     return read_golden()
 
 
+THREADS = max(1, min(2, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+"""Small tensors are slower on many threads, and the other test processes want cores, too."""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Small tensors are slower on many threads, and other test runs want cores, too."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """For this process and for those that tests start."""
+    torch.set_num_threads(THREADS)
+    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,11 @@ from support.other_packs import FOLDER_VARIABLE, NO_PACKS, packs_folder
 
 HERE = Path(__file__).resolve().parent
 
-_missing: set[str] = set()
+WITHOUT_HOST = "no ComfyUI found"
+WITHOUT_BROWSER = "no Chromium, chromedriver or selenium found"
+WITHOUT_PACKS = f"{FOLDER_VARIABLE} is not set"
+LOUD = {WITHOUT_HOST: comfy_host.NO_HOST, WITHOUT_BROWSER: comfy_host.NO_BROWSER, WITHOUT_PACKS: NO_PACKS}
+"""What the summary says once about each reason."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,20 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in mine:
         fixtures = getattr(item, "fixturenames", ())
         if found is None:
-            _missing.add(comfy_host.NO_HOST)
-            item.add_marker(pytest.mark.skip(reason="no ComfyUI found"))
+            item.add_marker(pytest.mark.skip(reason=WITHOUT_HOST))
         elif "browser" in fixtures and comfy_host.find_browser() is None:
-            _missing.add(comfy_host.NO_BROWSER)
-            item.add_marker(pytest.mark.skip(reason="no Chromium, chromedriver or selenium found"))
+            item.add_marker(pytest.mark.skip(reason=WITHOUT_BROWSER))
         elif "packs" in fixtures and packs_folder() is None:
-            _missing.add(NO_PACKS)
-            item.add_marker(pytest.mark.skip(reason=f"{FOLDER_VARIABLE} is not set"))
+            item.add_marker(pytest.mark.skip(reason=WITHOUT_PACKS))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly what was not tested."""
-    for text in sorted(_missing):
-        terminalreporter.write_line(text, red=True, bold=True)
+    """Say loudly what was not tested; several processes may have skipped for the same reason."""
+    skipped = {str(report.longrepr) for report in terminalreporter.getreports("skipped")}
+    for reason, text in LOUD.items():
+        if any(reason in line for line in skipped):
+            terminalreporter.write_line(text, red=True, bold=True)
 
 
 @pytest.fixture(scope="session")
