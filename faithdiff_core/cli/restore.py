@@ -48,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="of files in a folder (png)"
     )
+    parser.add_argument(
+        "--strip-metadata", action="store_true", help="do not keep the images' EXIF, XMP and resolution (profiles stay)"
+    )
+    parser.add_argument("--strip-location", action="store_true", help="do not keep where a photograph was taken")
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
     add_model_options(parser)
@@ -193,6 +197,8 @@ def read_restoration(args: argparse.Namespace) -> Restoration:
         captions=args.captions,
         trim_captions=args.trim_captions,
         seed=args.seed,
+        metadata=not args.strip_metadata,
+        location=not args.strip_location,
     )
 
 

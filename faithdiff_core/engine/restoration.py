@@ -17,6 +17,7 @@ from ..captions.files import caption_beside
 from ..captions.trim import trim_caption
 from ..errors import ImageError
 from ..images.geometry import resize_lanczos, target_size
+from ..images.metadata import Metadata
 from ..images.reading import load_image
 from ..images.writing import check_output, save_image
 from .settings import RestoreSettings
@@ -111,6 +112,8 @@ class Restoration:
         captions: take the prompt from NAME.txt beside each image where there is one.
         trim_captions: trim these as the published code does.
         seed: the same for every image.
+        metadata: keep EXIF, XMP and resolution of each image in its result.
+        location: keep where the photograph was taken among them.
     """
 
     files: ModelFiles
@@ -121,6 +124,8 @@ class Restoration:
     captions: bool = False
     trim_captions: bool = False
     seed: int = 0
+    metadata: bool = True
+    location: bool = True
 
     def restore(
         self,
@@ -170,7 +175,10 @@ class Restoration:
         recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
         recipe |= also_record or {}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
-        saved = save_image(target, replace(image, colors=result[0], alpha=alpha), text=text)
+        kept = image.metadata if self.metadata else Metadata()
+        if not self.location:
+            kept = kept.without_location()
+        saved = save_image(target, replace(image, colors=result[0], alpha=alpha, metadata=kept), text=text)
         return (*image.notes, *saved)
 
     def prompt_for(self, source: Path) -> str:
@@ -189,6 +197,7 @@ class Restoration:
         """16 hexadecimal digits that change with anything that changes results."""
         facts = {**self._shared(), "prompt": self.prompt, "size": self.size, "captions": self.captions}
         facts["trim_captions"] = self.trim_captions
+        facts |= {"metadata": self.metadata, "location": self.location}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _shared(self) -> dict[str, Any]:

@@ -12,6 +12,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_PROFILE = 2**26
 """Most bytes of an unpacked colour profile: 64 MiB; the largest of scanners and printers have a tenth."""
 
+XMP_KEYWORD = b"XML:com.adobe.xmp"
+"""Keyword of the text chunk that holds XMP."""
+
+_METRES_IN_INCH = 0.0254
+
 _TEXT = (b"tEXt", b"zTXt", b"iTXt")
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -31,6 +36,9 @@ class PngFile:
         icc: the colour profile, or None.
         bad_profile: whether there was one that cannot be unpacked.
         transparent: the grey value or colour that is transparent, or ().
+        exif: EXIF data, or None.
+        xmp: XMP, or None.
+        dpi: pixels in an inch across and down, or None.
     """
 
     content: bytes
@@ -42,6 +50,9 @@ class PngFile:
     icc: bytes | None
     bad_profile: bool
     transparent: tuple[int, ...]
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
@@ -65,6 +76,9 @@ def read_png(content: bytes) -> PngFile | None:
     icc: bytes | None = None
     bad_profile = False
     transparent: tuple[int, ...] = ()
+    exif: bytes | None = None
+    xmp: bytes | None = None
+    dpi: tuple[float, float] | None = None
     for kind, start, end in _chunks(content):
         data = content[start + 8 : end - 4]
         if kind == b"iCCP":
@@ -72,21 +86,42 @@ def read_png(content: bytes) -> PngFile | None:
             bad_profile = icc is None
         elif kind == b"tRNS" and color_type in (0, 2) and len(data) == 2 * _CHANNELS[color_type]:
             transparent = struct.unpack(f">{len(data) // 2}H", data)
+        elif kind == b"eXIf":
+            exif = data
+        elif kind == b"iTXt" and data.startswith(XMP_KEYWORD + b"\0"):
+            xmp = _international_text(data)
+        elif kind == b"pHYs" and len(data) == 9 and data[8] == 1:
+            across, down = struct.unpack(">II", data[:8])
+            dpi = (across * _METRES_IN_INCH, down * _METRES_IN_INCH)
         if kind not in (*_TEXT, b"iCCP"):
             kept.append(content[start:end])
-    return PngFile(b"".join(kept), width, height, bits, color_type, bool(interlaced), icc, bad_profile, transparent)
+    return PngFile(
+        b"".join(kept), width, height, bits, color_type, bool(interlaced), icc, bad_profile, transparent, exif, xmp, dpi
+    )
 
 
 def _profile(data: bytes) -> bytes | None:
     name_end = data.find(b"\0")
-    if name_end < 0:
+    return None if name_end < 0 else _unpacked(data[name_end + 2 :])
+
+
+def _international_text(data: bytes) -> bytes | None:
+    """The text of an iTXt chunk: behind keyword, compression, language and translated keyword."""
+    packed = data[len(XMP_KEYWORD) + 1 : len(XMP_KEYWORD) + 2] == b"\1"
+    rest = data[len(XMP_KEYWORD) + 3 :].split(b"\0", 2)
+    if len(rest) < 3:
         return None
+    return _unpacked(rest[2]) if packed else rest[2]
+
+
+def _unpacked(data: bytes) -> bytes | None:
+    """What was compressed, or None where it is corrupted or longer than `MAX_PROFILE`."""
     unpacker = zlib.decompressobj()
     try:
-        profile = unpacker.decompress(data[name_end + 2 :], MAX_PROFILE)
+        unpacked = unpacker.decompress(data, MAX_PROFILE)
     except zlib.error:
         return None
-    return profile if unpacker.eof else None
+    return unpacked if unpacker.eof else None
 
 
 def check_complete(png: PngFile) -> None:

@@ -6,7 +6,7 @@ import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ImageError, MissingPackageError, install_extra
 from .depth import av1_or_hevc_bits, jpeg2000_bits, jxl_size_and_bits, read_netpbm
 from .formats import check_pixels, no_pixel_limit, open_pillow, read_content
+from .metadata import Metadata, check_metadata, pillow_metadata
 from .png import PngFile, check_complete, read_png
 from .tiff import TiffPage, check_layout, main_page, read_samples
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _ORIENTATION_TAG = 0x0112
+
+_About = tuple[bytes | None, bytes | None, Any]
+"""EXIF, XMP and resolution as the file has them; nothing of it is checked yet."""
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -40,6 +44,7 @@ class LoadedImage:
         bits: per channel, 8 or 16.
         icc: colour profile that belongs to `colors` and goes into the result, or None.
         notes: what a user should know: frames left out, a corrupted profile.
+        metadata: EXIF, XMP and resolution, brought into agreement with the upright image and its colours.
     """
 
     colors: Tensor
@@ -48,6 +53,7 @@ class LoadedImage:
     bits: int = 8
     icc: bytes | None = None
     notes: tuple[str, ...] = ()
+    metadata: Metadata = Metadata()  # noqa: RUF009 - frozen
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,13 +101,18 @@ def decode_image(content: bytes, name: str) -> LoadedImage:
 
 @dataclass
 class _Decoded:
-    """An image as the file has it: (H, W, C) with 1 to 4 channels (L, LA, RGB, RGBA) from 0 to 2**bits - 1."""
+    """An image as the file has it: (H, W, C) with 1 to 4 channels (L, LA, RGB, RGBA) from 0 to 2**bits - 1.
+
+    `about` is the file's metadata, `converted` whether colours were converted to sRGB.
+    """
 
     values: np.ndarray
     bits: int
     orientation: int
     icc: bytes | None
     notes: list[str]
+    about: _About = (None, None, None)
+    converted: bool = False
 
 
 def _as_loaded(decoded: _Decoded) -> LoadedImage:
@@ -112,7 +123,8 @@ def _as_loaded(decoded: _Decoded) -> LoadedImage:
     tensor = _upright(tensor, decoded.orientation)
     alpha = tensor[-1:].contiguous() if channels in (2, 4) else None
     colors = tensor[:1].expand(3, -1, -1) if grey else tensor[:3]
-    return LoadedImage(colors.contiguous(), alpha, grey, decoded.bits, decoded.icc, tuple(decoded.notes))
+    metadata, notes = check_metadata(*decoded.about, size=(tensor.shape[-2], tensor.shape[-1]), srgb=decoded.converted)
+    return LoadedImage(colors.contiguous(), alpha, grey, decoded.bits, decoded.icc, (*decoded.notes, *notes), metadata)
 
 
 def _decode(content: bytes, name: str) -> _Decoded:
@@ -129,7 +141,7 @@ def _decode(content: bytes, name: str) -> _Decoded:
             notes.append("its colour profile is corrupted, and was left out")
         if png.bits == 16:
             values = _png_16_bit_grey(image, png) if png.color_type == 0 else _png_16_bit_colors(png, name)
-            return _Decoded(values, 16, _orientation(image), icc, notes)
+            return _Decoded(values, 16, _orientation(image), icc, notes, (png.exif, png.xmp, png.dpi))
     if image.format == "PPM":
         check_pixels(name, *image.size)
         netpbm = read_netpbm(content)
@@ -138,27 +150,37 @@ def _decode(content: bytes, name: str) -> _Decoded:
             return _Decoded(values, bits, 1, None, notes)
     if image.format == "JPEG2000" and image.mode != "I;16" and jpeg2000_bits(content) > 8:
         raise _too_deep(name, "JPEG 2000", jpeg2000_bits(content))
-    return _decode_pillow(image, name, icc, notes)
+    return _decode_pillow(image, name, icc, notes, None if png is None else (png.exif, png.xmp, png.dpi))
 
 
-def _decode_pillow(image: Image, name: str, icc: bytes | None, notes: list[str]) -> _Decoded:
+def _decode_pillow(
+    image: Image, name: str, icc: bytes | None, notes: list[str], about: _About | None = None
+) -> _Decoded:
     image.load()
+    about = pillow_metadata(image) if about is None else about
     orientation = _orientation(image)  # behind a PNG's pixels, perhaps; Pillow turns a TIFF by itself, and says 1
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        return _Decoded(_deep_grey(name, image), 16, orientation, icc, notes)
-    flat, icc, more = _to_plain_mode(image, icc)
-    return _Decoded(_as_array(flat), 8, orientation, icc, notes + more)
+        return _Decoded(_deep_grey(name, image), 16, orientation, icc, notes, about)
+    flat, profile, more = _to_plain_mode(image, icc)
+    converted = profile is not None and profile != icc
+    return _Decoded(_as_array(flat), 8, orientation, profile, notes + more, about, converted)
 
 
 def _decode_tiff(content: bytes, name: str) -> _Decoded:
     page = main_page(content, name)
     check_layout(page, name)
     notes = [f"it has {page.pages} frames; only the first is used"] if page.pages > 1 else []
+    exif: bytes | None = None
+    try:
+        exif = page.exif(content)
+    except ValueError:
+        notes.append("its EXIF data is corrupted, and was left out")
+    about = (exif, page.xmp, page.dpi)
     if page.needs_own_reader:
         values, more = read_samples(content, page, name)
-        return _Decoded(values, page.bits, page.orientation, page.icc, notes + more)
+        return _Decoded(values, page.bits, page.orientation, page.icc, notes + more, about)
     image = _open_tiff(content, page, name)
-    return _decode_pillow(image, name, page.icc, notes)
+    return _decode_pillow(image, name, page.icc, notes, about)
 
 
 def _open_tiff(content: bytes, page: TiffPage, name: str) -> Image:

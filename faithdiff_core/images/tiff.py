@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ImageError
+from .exif import exif_of_tiff
 from .formats import check_pixels, no_pixel_limit
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _WIDTH, _LENGTH, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER = 256, 257, 258,
 _STRIP_OFFSETS, _ORIENTATION, _SAMPLES, _ROWS_PER_STRIP, _STRIP_COUNTS, _PLANAR = 273, 274, 277, 278, 279, 284
 _PREDICTOR, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 317, 322, 323, 324, 325
 _EXTRA_SAMPLES, _SAMPLE_FORMAT, _ICC, _NEW_SUBFILE, _SUBFILE = 338, 339, 34675, 254, 255
+_X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT, _XMP = 282, 283, 296, 700
 
 _PHOTOMETRIC_NAMES = {
     0: "white is zero", 1: "black is zero", 2: "RGB", 3: "palette", 4: "mask", 5: "CMYK", 6: "YCbCr", 8: "CIELab",
@@ -100,6 +102,31 @@ class TiffPage:
         return profile if isinstance(profile, bytes) else None
 
     @property
+    def xmp(self) -> bytes | None:
+        packet = self.tags.get(_XMP)
+        return packet if isinstance(packet, bytes) else None
+
+    @property
+    def dpi(self) -> tuple[float, float] | None:
+        """Pixels in an inch across and down; None where the file gives no unit."""
+        factor = {2: 1.0, 3: 2.54}.get(self.number(_RESOLUTION_UNIT, 2))
+        across, down = self.tags.get(_X_RESOLUTION), self.tags.get(_Y_RESOLUTION)
+        if factor is None or across is None or down is None:
+            return None
+        try:
+            return float(across) * factor, float(down) * factor
+        except (TypeError, ValueError, ZeroDivisionError):
+            return None
+
+    def exif(self, content: bytes) -> bytes | None:
+        """EXIF data as a block of its own, or None; that of BigTIFF is not read.
+
+        Raises:
+            ValueError: it is corrupted.
+        """
+        return None if content[2:4] in _BIG else exif_of_tiff(content, self.offset)
+
+    @property
     def needs_own_reader(self) -> bool:
         """Whether Pillow would lose bits (16), cannot put planes together, or rounds premultiplied colours down."""
         special = self.number(_PLANAR, 1) == 2 or self.numbers(_EXTRA_SAMPLES)[:1] == (1,)
@@ -148,7 +175,7 @@ def main_page(content: bytes, name: str) -> TiffPage:
         file.seek(offset)
         directory = ImageFileDirectory_v2(header)
         directory.load(file)
-        pages.append((offset, {tag: directory[tag] for tag in directory if tag < 700 or tag == _ICC}))
+        pages.append((offset, {tag: directory[tag] for tag in directory if tag <= _XMP or tag == _ICC}))
         offset = directory.next
     if not pages:
         raise ImageError(f"{name} is corrupted or truncated: it has no image. Get the file again.")

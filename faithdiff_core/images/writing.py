@@ -1,4 +1,4 @@
-"""Writing image files: PNG, TIFF, JPEG and WebP, 8 and 16 bits, with text and profile."""
+"""Writing image files: PNG, JPEG, WebP and TIFF, 8 and 16 bits, with texts, metadata and profile."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,26 +15,75 @@ import torch
 
 from ..atomic import write_atomically
 from ..errors import ImageError
+from .exif import DESCRIPTION, DOCUMENT, HOST_COMPUTER, MAKE, MODEL, X_RESOLUTION, ExifBlock
+from .geometry import LARGEST_SIDE
+from .metadata import EXIF_HEADER, XMP_HEADER, Metadata
+from .png import SIGNATURE, XMP_KEYWORD
+from .reading import LoadedImage
+from .tiff_writer import encode_tiff
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-from .geometry import LARGEST_SIDE
-from .reading import LoadedImage
-from .tiff_writer import encode_tiff
 
 WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-"""Formats that are written; PNG and TIFF keep 16 bits."""
+"""Formats that are written; 16 bits are kept by PNG and TIFF."""
+
+DEEP_SUFFIXES = (".png", ".tif", ".tiff")
+"""Formats that keep 16 bits."""
 
 JPEG_QUALITY = 95
 
-MAX_JPEG_TEXT = 65533 - len(b"Exif\0\0")
+MAX_JPEG_TEXT = 65533 - len(EXIF_HEADER)
 """Bytes of EXIF data that a JPEG file holds."""
 
 _LUMA = (0.299, 0.587, 0.114)
 """ITU-R BT.601, by which Pillow turns colours into grey, too."""
 
-_DESCRIPTION_TAG = 0x010E
+_OWN = '{"Software": "FaithDiff'
+"""How the description begins that an earlier run wrote."""
+
+_GRAPHS = ("prompt:{", "workflow:{")
+"""How the entries begin that a node graph left: they made the image that was read, not the one that is written."""
+
+_ENTRY_TAGS = {"prompt": MODEL, "workflow": MAKE}
+"""Where ComfyUI looks for a graph in EXIF data; its page looks at all texts of the first directory."""
+
+_FREE_TAGS = (DESCRIPTION, DOCUMENT, HOST_COMPUTER, *range(0xFE10, 0xFE20))
+"""Where texts go whose place is taken by the photograph's own, the camera's name above all; the last are private."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What goes into a file beside the pixels.
+
+    Attributes:
+        text: by name: PNG texts, and one JSON text in the EXIF description elsewhere.
+        entries: by name: PNG texts, and EXIF texts `name:text` elsewhere.
+        metadata: of the photograph.
+    """
+
+    text: dict[str, str]
+    entries: dict[str, str]
+    metadata: Metadata = field(default_factory=Metadata)
+
+    def exif(self, *, resolution: bool = False) -> bytes | None:
+        """EXIF data with all texts; with `resolution`, that too, for formats that have no other place for it."""
+        block = ExifBlock() if self.metadata.exif is None else ExifBlock(self.metadata.exif)
+        for tag in list(block.entries):
+            if (block.text(tag) or "").startswith((_OWN, *_GRAPHS)):
+                del block.entries[tag]
+        if self.text:
+            block.put_text(_free_tag(block, DESCRIPTION), json.dumps(self.text))
+        for name, text in self.entries.items():
+            block.put_text(_free_tag(block, _ENTRY_TAGS.get(name, DOCUMENT)), f"{name}:{text}")
+        if resolution and self.metadata.dpi is not None and X_RESOLUTION not in block.entries:
+            block.put_resolution(self.metadata.dpi)
+        return block.to_bytes() if block.entries else None
+
+
+def _free_tag(block: ExifBlock, wanted: int) -> int:
+    return next((tag for tag in (wanted, *_FREE_TAGS) if not block.text(tag)), wanted)
 
 
 def save_image(
@@ -41,29 +91,40 @@ def save_image(
     image: LoadedImage,
     *,
     text: Mapping[str, str] | None = None,
+    entries: Mapping[str, str] | None = None,
+    quality: int = JPEG_QUALITY,
 ) -> tuple[str, ...]:
     """Write an image in the format that the name says, to a temporary name first.
+
+    The image's metadata goes with it, with the size of the image that is written.
 
     Args:
         path: ends with one of `WRITE_SUFFIXES`.
         image: grey, alpha, bits and profile decide about the file's mode.
         text: entries for the file's metadata: PNG text, and the description of TIFF or EXIF (one JSON text) elsewhere.
+        entries: likewise, as node graphs are kept: PNG text, and an EXIF text `name:text` for each elsewhere.
+        quality: of JPEG and WebP, 1 to 100.
 
     Returns:
-        What a user should know: texts that are too long for the format, and were left out.
+        What a user should know: texts and metadata that are too long for the format, and were left out.
 
     Raises:
         ImageError: another ending, JPEG for an image with transparency, or more pixels than the format can hold.
         OSError: the file cannot be written; nothing is left under its name.
     """
     path = Path(path)
-    content, notes = encode_image(path, image, text)
+    content, notes = encode_image(path, image, text, entries=entries, quality=quality)
     write_atomically(path, content)
     return notes
 
 
 def encode_image(
-    path: Path, image: LoadedImage, text: Mapping[str, str] | None = None
+    path: Path,
+    image: LoadedImage,
+    text: Mapping[str, str] | None = None,
+    *,
+    entries: Mapping[str, str] | None = None,
+    quality: int = JPEG_QUALITY,
 ) -> tuple[bytes, tuple[str, ...]]:
     """The bytes that `save_image` writes, and its notes; `path` is only looked at.
 
@@ -71,19 +132,17 @@ def encode_image(
         ImageError: as `save_image`.
     """
     suffix = check_output(path, *image.size, transparent=image.alpha is not None)
-    kept = dict(text or {})
+    parts = _Parts(dict(text or {}), dict(entries or {}), image.metadata.with_size(*image.size))
     notes: tuple[str, ...] = ()
-    if suffix in (".jpg", ".jpeg"):
-        while kept and len(_exif(kept)) > MAX_JPEG_TEXT:
-            longest = max(kept, key=lambda key: len(kept[key]))
-            del kept[longest]
-            notes += (f"its metadata `{longest}` is longer than the 64 KB that JPEG takes, and was left out",)
     if suffix == ".png":
-        return _encode_png(image, kept), notes
+        return _encode_png(image, parts), notes
     if suffix in (".tif", ".tiff"):
-        description = json.dumps(kept) if kept else ""
-        return encode_tiff(_quantised(image, image.bits), description=description, icc=image.icc), notes
-    return _encode_lossy(image, suffix, kept), notes
+        exif, metadata = parts.exif(resolution=True), parts.metadata
+        values = _quantised(image, image.bits)
+        return encode_tiff(values, exif=exif, xmp=metadata.xmp, icc=image.icc, dpi=metadata.dpi), notes
+    if suffix == ".webp":
+        return _encode_webp(image, parts, quality), notes
+    return _encode_jpeg(image, parts, quality)
 
 
 def check_output_name(path: Path) -> str:
@@ -138,21 +197,44 @@ def _as_image(image: LoadedImage) -> Image:
     return Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
 
 
-def _encode_png(image: LoadedImage, text: Mapping[str, str]) -> bytes:
-    from PIL import PngImagePlugin
-
+def _encode_png(image: LoadedImage, parts: _Parts) -> bytes:
+    """PNG (PNG specification, sections 7, 9 and 11); Pillow writes 16 bits for grey without alpha only."""
     if image.bits == 16:
-        return _encode_png16(_quantised(image, 16), image.icc, text)
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    _as_image(image).save(buffer, "PNG", pnginfo=info, icc_profile=image.icc)
-    return buffer.getvalue()
+        content = _encode_png16(_quantised(image, 16))
+    else:
+        buffer = io.BytesIO()
+        _as_image(image).save(buffer, "PNG")
+        content = buffer.getvalue()
+    header_end = len(SIGNATURE) + 25
+    return content[:header_end] + b"".join(_png_chunks(image.icc, parts)) + content[header_end:]
 
 
-def _encode_png16(values: np.ndarray, icc: bytes | None, text: Mapping[str, str]) -> bytes:
-    """PNG with 16 bits, which Pillow writes for grey without alpha only (PNG specification, sections 7, 9 and 11)."""
+def _png_chunks(icc: bytes | None, parts: _Parts) -> list[bytes]:
+    """Chunks before the pixels."""
+    chunks = []
+    metadata = parts.metadata
+    if icc is not None:
+        chunks.append(_chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
+    if metadata.dpi is not None:
+        chunks.append(_chunk(b"pHYs", struct.pack(">IIB", *(round(dpi / 0.0254) for dpi in metadata.dpi), 1)))
+    if (exif := _Parts({}, {}, metadata).exif()) is not None:
+        chunks.append(_chunk(b"eXIf", exif))
+    if metadata.xmp is not None:
+        chunks.append(_chunk(b"iTXt", XMP_KEYWORD + b"\0\0\0\0\0" + metadata.xmp))
+    for key, value in {**parts.text, **parts.entries}.items():
+        if value.isascii():
+            chunks.append(_chunk(b"tEXt", key.encode("latin-1") + b"\0" + value.encode()))
+        else:
+            chunks.append(_chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + value.encode()))
+    return chunks
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _encode_png16(values: np.ndarray) -> bytes:
+    """Header and pixels of a PNG file with 16 bits."""
     import numpy as np
 
     height, width, channels = values.shape
@@ -162,26 +244,8 @@ def _encode_png16(values: np.ndarray, icc: bytes | None, text: Mapping[str, str]
     filtered[:, 0] = 2  # filter "up": the difference to the row above
     filtered[0, 1:] = rows[0]
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    chunks = [chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0))]
-    if icc is not None:
-        chunks.append(chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc)))
-    for key, value in text.items():
-        chunks.append(chunk(b"iTXt", key.encode("latin-1") + b"\0\0\0\0\0" + value.encode()))
-    chunks += [chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
-
-
-def _exif(text: Mapping[str, str]) -> bytes:
-    """EXIF data with all texts as one JSON text in the description."""
-    from PIL import Image
-
-    exif = Image.Exif()
-    exif[_DESCRIPTION_TAG] = json.dumps(dict(text))
-    return exif.tobytes()
+    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0))
+    return SIGNATURE + header + _chunk(b"IDAT", zlib.compress(filtered.tobytes(), 6)) + _chunk(b"IEND", b"")
 
 
 def _grey_as_rgb(encoded: Image, icc: bytes | None) -> tuple[Image, bytes | None]:
@@ -204,18 +268,44 @@ def _grey_as_rgb(encoded: Image, icc: bytes | None) -> tuple[Image, bytes | None
     return colors, icc
 
 
-def _encode_lossy(image: LoadedImage, suffix: str, text: Mapping[str, str]) -> bytes:
+def _encode_webp(image: LoadedImage, parts: _Parts, quality: int) -> bytes:
     encoded, icc = _as_image(image), image.icc
-    if suffix == ".webp" and encoded.mode in ("L", "LA"):  # WebP has no grey
+    if encoded.mode in ("L", "LA"):  # WebP has no grey
         encoded, icc = _grey_as_rgb(encoded, icc)
-    options: dict[str, Any] = {"quality": JPEG_QUALITY, "icc_profile": icc}
-    if text:
-        options["exif"] = _exif(text)
-    if suffix == ".webp":
-        kind = "WEBP"
-    else:
-        kind = "JPEG"
-        options["subsampling"] = 0
+    options: dict[str, Any] = {"quality": quality, "icc_profile": icc}
+    if (exif := parts.exif(resolution=True)) is not None:
+        options["exif"] = exif
+    if parts.metadata.xmp is not None:
+        options["xmp"] = parts.metadata.xmp
     buffer = io.BytesIO()
-    encoded.save(buffer, kind, **options)
+    encoded.save(buffer, "WEBP", **options)
     return buffer.getvalue()
+
+
+def _encode_jpeg(image: LoadedImage, parts: _Parts, quality: int) -> tuple[bytes, tuple[str, ...]]:
+    """The file, and notes about what a segment of JPEG (64 KB) cannot hold."""
+    notes: list[str] = []
+    exif, xmp = parts.exif(), parts.metadata.xmp
+    while exif is not None and len(exif) > MAX_JPEG_TEXT and (parts.text or parts.entries):
+        both = {**parts.text, **parts.entries}
+        longest = max(both, key=lambda key: len(both[key]))
+        (parts.text if longest in parts.text else parts.entries).pop(longest)
+        notes.append(f"its metadata `{longest}` is longer than the 64 KB that JPEG takes, and was left out")
+        exif = parts.exif()
+    if exif is not None and len(exif) > MAX_JPEG_TEXT:
+        exif = None
+        notes.append("its EXIF data is longer than the 64 KB that JPEG takes, and was left out")
+    if xmp is not None and len(xmp) > 65533 - len(XMP_HEADER):
+        xmp = None
+        notes.append("its XMP data is longer than the 64 KB that JPEG takes, and was left out")
+    options: dict[str, Any] = {"quality": quality, "icc_profile": image.icc, "subsampling": 0}
+    if parts.metadata.dpi is not None:
+        options["dpi"] = parts.metadata.dpi
+    buffer = io.BytesIO()
+    _as_image(image).save(buffer, "JPEG", **options)
+    content = buffer.getvalue()
+    header_end = 4 + int.from_bytes(content[4:6], "big")  # behind JFIF's segment, which Pillow writes first
+    segments = [EXIF_HEADER + exif] if exif is not None else []
+    segments += [XMP_HEADER + xmp] if xmp is not None else []
+    packed = b"".join(b"\xff\xe1" + struct.pack(">H", len(data) + 2) + data for data in segments)
+    return content[:header_end] + packed + content[header_end:], tuple(notes)

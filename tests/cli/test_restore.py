@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.photographs import photograph
 
 from faithdiff_core.cli import COMMANDS, main
 from faithdiff_core.cli import restore as restore_command
@@ -238,6 +239,26 @@ class TestRestore:
         settings = RestoreSettings(**{name: recipe[name] for name in names})
         assert settings.method() == {name: recipe[name] for name in names}
 
+    def test_a_photographs_metadata_is_kept_but_for_what_is_stripped(
+        self, tmp_path: Path, model: tuple[str, ...]
+    ) -> None:
+        source = tmp_path / "a.jpg"
+        source.write_bytes(photograph("JPEG", _noise(16, 24, 3)))
+        found = {}
+        for words in ((), ("--strip-location",), ("--strip-metadata",)):
+            out = tmp_path / f"out{''.join(words)}"
+            assert main(["restore", str(source), "-o", str(out), "--format", "tif", *model, *words]) == 0
+            with Image.open(out / "a.tif") as image:
+                block = image.getexif()
+                assert image.size == (32, 48)
+                assert "faithdiff" in block[0x010D if "CW 5" in block.values() else 0x010E]
+                found[words] = (block.get(0x0110), bool(block.get_ifd(0x8825)), 700 in block, block.get(0x011A))
+        assert found == {
+            (): ("CW 5", True, True, 300),
+            ("--strip-location",): ("CW 5", False, True, 300),
+            ("--strip-metadata",): (None, False, False, None),
+        }
+
     def test_transparency_and_jpeg_is_found_out_first(
         self, tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -285,7 +306,7 @@ class TestJobs:
         [
             (["*.bmp"], "x", r"There is no image in \*.bmp"),
             (["a.jpg", "c.tiff"], "x.png", "x.png is one file, but there are 2 images"),
-            (["a.jpg"], "x.bmp", "images are written as .png, .jpg, .jpeg, .webp, not as .bmp"),
+            (["a.jpg"], "x.bmp", "images are written as .png, .jpg, .jpeg, .webp, .tif, .tiff, not as .bmp"),
             (["a.png"], "a.png", "would overwrite the input"),
             (["a.png"], ".", "would overwrite the input"),
             (["."], ".", "is the folder of the inputs"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import EpsImagePlugin, Image
+from support.photographs import photograph
 
 from faithdiff_core.cli import main
 from faithdiff_core.errors import FaithDiffError
@@ -52,6 +53,8 @@ def seeds() -> dict[str, bytes]:
         put(f"{kind} deep grey", deep, kind)
     put("TIFF lzw", colors, "TIFF", compression="tiff_lzw")
     put("TIFF jpeg", colors, "TIFF", compression="jpeg")
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        files[f"{kind} with metadata"] = photograph(kind, colors)
     frames = [Image.fromarray(np.roll(colors, shift, 1)) for shift in range(3)]
     for kind in ("GIF", "PNG", "TIFF", "WEBP"):
         buffer = io.BytesIO()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
+from support.photographs import SRGB, linear_profile
 
 from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.images.formats import MAX_PIXELS
@@ -21,7 +22,6 @@ from faithdiff_core.images.reading import LoadedImage, load_image
 from faithdiff_core.images.writing import check_output, save_image
 
 RNG = np.random.default_rng(0)
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 def _noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
@@ -257,7 +257,7 @@ def _chunk_of(content: bytes, kind: bytes) -> bytes:
 class TestProfiles:
     def test_colours_are_converted_to_srgb(self, tmp_path: Path) -> None:
         # Linear light with sRGB's primaries: sRGB's own profile with every curve replaced by a gamma of 1.
-        profile = _linear_profile()
+        profile = linear_profile()
         values = _noise(16, 16, 3)
         path = _saved(tmp_path, Image.fromarray(values), icc_profile=profile)
         loaded = load_image(path)
@@ -272,7 +272,7 @@ class TestProfiles:
 
     def test_transparency_survives(self, tmp_path: Path) -> None:
         values = _noise(8, 8, 4)
-        loaded = load_image(_saved(tmp_path, Image.fromarray(values, "RGBA"), icc_profile=_linear_profile()))
+        loaded = load_image(_saved(tmp_path, Image.fromarray(values, "RGBA"), icc_profile=linear_profile()))
         assert loaded.alpha is not None
         assert np.allclose(loaded.alpha[0].numpy() * 255, values[..., 3])
 
@@ -284,7 +284,7 @@ class TestProfiles:
 
     @pytest.mark.parametrize("bits", [8, 16])
     def test_grey_and_16_bits_keep_theirs(self, tmp_path: Path, bits: int) -> None:
-        profile = _linear_profile()
+        profile = linear_profile()
         loaded = LoadedImage(torch.rand(3, 4, 4), grey=bits == 8, bits=bits, icc=profile)
         save_image(tmp_path / "a.png", loaded)
         back = load_image(tmp_path / "a.png")
@@ -298,21 +298,6 @@ class TestProfiles:
         assert "colour profile is corrupted" in loaded.notes[0]
         assert loaded.icc is None
         assert np.allclose(loaded.colors.permute(1, 2, 0).numpy() * 255, values)
-
-
-def _linear_profile() -> bytes:
-    """sRGB's profile with curves of gamma 1 (ICC.1:2010, section 10.5: a curve without entries is the identity)."""
-    out = bytearray(SRGB)
-    count = struct.unpack(">I", SRGB[128:132])[0]
-    for i in range(count):
-        tag, offset, size = struct.unpack(">4sII", SRGB[132 + 12 * i : 144 + 12 * i])
-        if tag in (b"rTRC", b"gTRC", b"bTRC"):
-            out[offset : offset + 12] = b"curv" + bytes(8)
-            out[132 + 12 * i + 8 : 132 + 12 * i + 12] = struct.pack(">I", 12)
-        if tag == b"desc":
-            at = out.index("sRGB".encode("utf-16-be"), offset, offset + size)
-            out[at : at + 8] = "LINE".encode("utf-16-be")
-    return bytes(out)
 
 
 class TestWriting:
