@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..faithdiff_core.engine.description import default_of, described
 from ..faithdiff_core.engine.settings import LARGEST_HOST_TILE, RestoreSettings
+from ..faithdiff_core.images.region import FEATHER
 from ..faithdiff_core.tiling.grid import check_overlap, check_tile_size
 from .errors import complaint
 
@@ -48,6 +49,26 @@ def setting_input(setting: str, tooltip: str, name: str | None = None, **more: A
     }
     kind = io.Int if what.kind is int else io.Float
     return kind.Input(name, tooltip=tooltip, **limits, **more)
+
+
+def mask_inputs() -> list[io.Input]:
+    """The inputs of nodes that put a restored part back into its image."""
+    return [
+        io.Mask.Input(
+            "restore_mask",
+            optional=True,
+            tooltip="White is restored: the rest of the image stays as it was before.",
+        ),
+        io.Int.Input(
+            "feather",
+            default=FEATHER,
+            min=0,
+            max=1024,
+            optional=True,
+            advanced=True,
+            tooltip="Pixels. Width of the soft edge around restore_mask.",
+        ),
+    ]
 
 
 def check_tiles(tile_size: int | None, overlap: float | None) -> bool | str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..faithdiff_core.engine.settings import LARGEST_HOST_TILE
+from ..faithdiff_core.tiling.grid import TILE_SIZE
 from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeaturesType
 from .bridge.model_loading import encode_lq
 from .errors import named_errors
@@ -41,6 +43,22 @@ class FaithDiffLQEncode(io.ComfyNode):
                     "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.",
                     "overlap",
                 ),
+                io.Mask.Input(
+                    "restore_mask",
+                    optional=True,
+                    tooltip="White is restored: only the surroundings of the mask are encoded. Give the sampler's "
+                    "latent the same mask (Set Latent Noise Mask).",
+                ),
+                io.Int.Input(
+                    "mask_margin",
+                    default=TILE_SIZE,
+                    min=0,
+                    max=LARGEST_HOST_TILE,
+                    step=8,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pixels. How far around restore_mask features are needed: the sampler's tile_size.",
+                ),
             ],
             outputs=[
                 LQFeaturesType.Output(display_name="lq_features", tooltip="For FaithDiff Conditioning or Sampler.")
@@ -53,5 +71,13 @@ class FaithDiffLQEncode(io.ComfyNode):
 
     @classmethod
     @named_errors
-    def execute(cls, faithdiff: AdapterModels, pixels: Tensor, tile_size: int, overlap: float) -> io.NodeOutput:
-        return io.NodeOutput(encode_lq(faithdiff, pixels, tile_size, overlap))
+    def execute(
+        cls,
+        faithdiff: AdapterModels,
+        pixels: Tensor,
+        tile_size: int,
+        overlap: float,
+        restore_mask: Tensor | None = None,
+        mask_margin: int = TILE_SIZE,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(encode_lq(faithdiff, pixels, tile_size, overlap, restore_mask, mask_margin))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..faithdiff_core.images.region import FEATHER
 from .bridge.frames import finish, prepare
 from .bridge.graph_types import LQFrame, LQFrameType
 from .errors import named_errors
-from .inputs import CATEGORY, setting_input
+from .inputs import CATEGORY, mask_inputs, setting_input
 
 
 class FaithDiffPrepareImage(io.ComfyNode):
@@ -84,6 +85,7 @@ class FaithDiffFinishImage(io.ComfyNode):
                     "adain: mean and contrast of each channel (published). wavelet: transfers low-frequency colour; "
                     "local casts and stains come along. none: as the model made them.",
                 ),
+                *mask_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="image"),
@@ -95,5 +97,12 @@ class FaithDiffFinishImage(io.ComfyNode):
 
     @classmethod
     @named_errors
-    def execute(cls, image: Tensor, frame: LQFrame, color_fix: str) -> io.NodeOutput:
-        return io.NodeOutput(*finish(image, frame, color_fix))
+    def execute(
+        cls,
+        image: Tensor,
+        frame: LQFrame,
+        color_fix: str,
+        restore_mask: Tensor | None = None,
+        feather: int = FEATHER,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(*finish(image, frame, color_fix, restore_mask, feather))

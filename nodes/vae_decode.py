@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..faithdiff_core.images.region import FEATHER
 from .errors import named_errors
-from .inputs import CATEGORY, check_tiles, setting_input
+from .inputs import CATEGORY, check_tiles, mask_inputs, setting_input
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -37,6 +39,12 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
                     "tile_size",
                 ),
                 setting_input("encoder_overlap", "Part of a tile that it shares with its neighbour.", "overlap"),
+                *mask_inputs(),
+                io.Image.Input(
+                    "original",
+                    optional=True,
+                    tooltip="With restore_mask: the image that VAE Encode got. Outside the mask it is passed through.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )
@@ -47,7 +55,18 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
 
     @classmethod
     @named_errors
-    def execute(cls, samples: dict[str, Any], vae: VAE, tile_size: int, overlap: float) -> io.NodeOutput:
-        from .bridge.vae_tiles import decode_in_tiles
+    def execute(
+        cls,
+        samples: dict[str, Any],
+        vae: VAE,
+        tile_size: int,
+        overlap: float,
+        restore_mask: Tensor | None = None,
+        feather: int = FEATHER,
+        original: Tensor | None = None,
+    ) -> io.NodeOutput:
+        from .bridge.vae_tiles import decode_in_tiles, decode_part
 
-        return io.NodeOutput(decode_in_tiles(vae, samples["samples"], tile_size, overlap))
+        if restore_mask is None and original is None:
+            return io.NodeOutput(decode_in_tiles(vae, samples["samples"], tile_size, overlap))
+        return io.NodeOutput(decode_part(vae, samples["samples"], tile_size, overlap, restore_mask, feather, original))

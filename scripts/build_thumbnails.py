@@ -112,6 +112,18 @@ def edges(name: str) -> Image.Image:
     return out
 
 
+def painted(name: str, circle: tuple[int, int, int]) -> Image.Image:
+    """The low-quality image, restored within a circle of this middle and radius."""
+    out, restored = (image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in _photograph(name))
+    x, y, radius = circle
+    box = (x - radius, y - radius, x + radius, y + radius)
+    mask = Image.new("L", out.size, 0)
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    out.paste(restored, mask=mask)
+    ImageDraw.Draw(out).ellipse(box, outline=LIGHT, width=3)
+    return out
+
+
 def spoken(name: str, text: str) -> Image.Image:
     """Split, with a sentence in a bubble."""
     out = split(name)
@@ -134,6 +146,7 @@ THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
     "faithdiff_auto_caption": (lambda: spoken("chelsea.png", '"A cat with green eyes ..."'), "Caption by LLaVA"),
     "faithdiff_other_captioner": (lambda: spoken("coffee.png", '"A cup of coffee ..."'), "Another captioner"),
     "faithdiff_controlnet": (lambda: edges("astronaut.png"), "With a ControlNet"),
+    "faithdiff_masked": (lambda: painted("astronaut.png", (282, 150, 128)), "Only what you paint"),
     "faithdiff_demo": (lambda: split("astronaut.png"), "No download"),
 }
 """What is drawn for each workflow, and what is written on it."""

@@ -328,6 +328,21 @@ def faithdiff_controlnet() -> Graph:
     return graph("faithdiff_controlnet", nodes, usual_groups(load=load, prepare=prepare))
 
 
+def faithdiff_masked() -> Graph:
+    """Scratches or faces only: what is painted white in the mask editor."""
+    nodes = restoration()
+    painted = Link("image", 1)
+    nodes["image"].title = "Load Image: paint the mask here"
+    nodes["prepare"].inputs = {"image": Link("image"), "scale_by": 1.0}
+    nodes["noise_mask"] = Node("SetLatentNoiseMask", {"samples": Link("latent"), "mask": painted})
+    nodes["features"].inputs["restore_mask"] = painted
+    nodes["sampler"].inputs["latent_image"] = Link("noise_mask")
+    nodes["decode"].inputs |= {"restore_mask": painted, "original": Link("prepare")}
+    nodes["finish"].inputs["restore_mask"] = painted
+    prepare = ((("positive",),), (("negative",),), (("prepare",), ("latent", "noise_mask", "features")))
+    return graph("faithdiff_masked", nodes, usual_groups(prepare=prepare))
+
+
 def faithdiff_demo(sample: bool = True) -> Graph:
     """The small model that comes with the pack, with the settings it is demonstrated with (demo/restore.yaml).
 
@@ -377,6 +392,7 @@ GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_auto_caption,
     faithdiff_other_captioner,
     faithdiff_controlnet,
+    faithdiff_masked,
     faithdiff_demo,
 )
 """All workflows, in the order of the template browser."""

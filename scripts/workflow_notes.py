@@ -182,6 +182,18 @@ NOTES: dict[str, dict[str, Note]] = {
             "and 0.6 are a good start."
         ),
     },
+    "faithdiff_masked": {
+        "about": about(
+            "## FaithDiff for scratches or faces only\n\n"
+            "Choose your image in **Load Image**, right-click it, **Open in MaskEditor**, and paint over what is to be "
+            f"restored. In the text, {_PROMPT}. The rest of the image stays as it is, to the pixel, and costs no work."
+        ),
+        "tips": tips(
+            "- **denoise** in FaithDiff Sampler: 0.5 to 0.8 keeps more of a face; scratches need 1.\n"
+            "- **scale_by** 1 keeps the size. With 2, what is not painted is enlarged by Lanczos alone.\n"
+            "- Nothing painted: nothing changes."
+        ),
+    },
     "faithdiff_demo": {
         "about": about(
             "## FaithDiff without a download\n\n"

@@ -226,6 +226,7 @@ class LQEncoder(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
         """Encode images of any size with bounded memory.
 
@@ -241,6 +242,9 @@ class LQEncoder(nn.Module):
             progress: called as progress(done, total) after each tile; may raise to cancel.
             device: device to compute on. Defaults to the parameters' device.
             dtype: dtype to compute in. Defaults to the parameters' dtype.
+            needed: where features are needed, (H / scale, W / scale), bool, on the CPU. Tiles without any are not
+                computed, and the features are zero there; `tiling.blend.complete` says where they are as usual.
+                Defaults to everywhere.
 
         Returns:
             Features, (B, C, H / scale, W / scale), on the device of `pixels`, in `dtype`.
@@ -267,13 +271,16 @@ class LQEncoder(nn.Module):
         side = max(height, width) if tile is None else tile
         rows = composite_spans(height // scale, side, overlap, scale)
         columns = composite_spans(width // scale, side, overlap, scale)
-        total, done = batch * len(rows) * len(columns), 0
+        asked = [(row, column) for row in rows for column in columns if _is_needed(needed, row, column)]
+        total, done = batch * len(asked), 0
         out = torch.empty((batch, channels, height // scale, width // scale), dtype=dtype, device=pixels.device)
 
         for image in range(batch):
 
             def encode_tile(row: Span, column: Span, image: int = image) -> Tensor:
                 nonlocal done
+                if not _is_needed(needed, row, column):
+                    return out.new_zeros((channels, row.size, column.size))
                 crop = pixels[
                     image : image + 1,
                     :,
@@ -295,3 +302,7 @@ class LQEncoder(nn.Module):
                     f". Compute in bf16 or fp32."
                 )
         return out
+
+
+def _is_needed(needed: Tensor | None, row: Span, column: Span) -> bool:
+    return needed is None or bool(column.of(row.of(needed, -2), -1).any())

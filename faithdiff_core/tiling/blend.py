@@ -33,6 +33,10 @@ class Span:
     def size(self) -> int:
         return self.stop - self.start
 
+    def of(self, x: Tensor, dim: int) -> Tensor:
+        """The span's part of a tensor's dimension, as a view."""
+        return x.narrow(dim, self.start, self.size)
+
     def fade_in(self, values: Tensor, before: Tensor, dim: int) -> None:
         """Blend the first `fade` positions of `values` along `dim` with the preceding span's last ones, in place.
 
@@ -74,6 +78,24 @@ def composite(rows: list[Span], columns: list[Span], compute: Callable[[Span, Sp
             keep_columns = columns[j + 1].fade if j + 1 < len(columns) else 0
             left = tile[..., tile.shape[-1] - keep_columns :].clone()
         above = below
+
+
+def complete(rows: list[Span], columns: list[Span], needed: Tensor) -> Tensor:
+    """Where a composite is complete if only the tiles are computed that something is needed of.
+
+    Args:
+        rows, columns: from `composite_spans`.
+        needed: (height, width), bool.
+
+    Returns:
+        (height, width), bool: true where all tiles that lie there are computed. It is true where `needed` is.
+    """
+    out = torch.ones_like(needed)
+    for row in rows:
+        for column in columns:
+            if not column.of(row.of(needed, -2), -1).any():
+                column.of(row.of(out, -2), -1).fill_(False)
+    return out
 
 
 def composite_spans(length: int, tile: int, overlap: float, scale: int = VAE_SCALE_FACTOR) -> list[Span]:

@@ -125,6 +125,25 @@ def check_features(active: Active, x_in: Tensor) -> None:
             )
 
 
+def check_encoded(active: Active, tiles: Sequence[Tile]) -> None:
+    """Check that LQ features that were encoded around a mask are complete in the tiles to be computed.
+
+    Raises:
+        SettingsError: they are not.
+    """
+    maps = {id(c.features): c.features.encoded for c, _ in active.values() if c.features.encoded is not None}
+    for encoded in maps.values():
+        for tile in tiles:
+            if not tile.crop(encoded).all():
+                raise SettingsError(
+                    f"FaithDiff: the LQ features are encoded around a mask only, but the tile at "
+                    f"{tile.left * VAE_SCALE_FACTOR}, {tile.top * VAE_SCALE_FACTOR} (pixels from the left and the "
+                    f"top) needs others. Give the latent the same mask as its noise mask (Set Latent Noise Mask), set "
+                    f"mask_margin of FaithDiff LQ Encode to at least the sampler's tile_size, or take the mask off "
+                    f"FaithDiff LQ Encode."
+                )
+
+
 def size_mismatch(features: tuple[int, int], latent: tuple[int, int]) -> str:
     """The message for features and latent of different sizes, (height, width) in latent units."""
     image, sampled = (f"{size[1] * VAE_SCALE_FACTOR} x {size[0] * VAE_SCALE_FACTOR}" for size in (features, latent))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.finite import is_finite
+from ...faithdiff_core.images.region import mask_for
 from .graph_types import AdapterModels, LQFeatures, LQFrame
 
 _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -94,3 +95,22 @@ def check_image(image: Tensor, name: str) -> Tensor:
         return image
     colors = image[..., :1].expand(*image.shape[:-1], 3)
     return torch.cat([colors, image[..., 1:]], dim=-1)
+
+
+def mask_of_images(mask: Tensor, images: Tensor) -> Tensor:
+    """A MASK at the size of IMAGEs.
+
+    Args:
+        mask: (B or 1, h, w) or (h, w), of any size.
+        images: (B, H, W, C).
+
+    Returns:
+        (B or 1, 1, H, W), in [0, 1].
+
+    Raises:
+        ImageError: another shape, or neither one mask nor one for each image.
+    """
+    if mask.ndim not in (2, 3):
+        raise ImageError(f"restore_mask must be a MASK of shape (batch, height, width), got {tuple(mask.shape)}.")
+    whole = mask if mask.ndim == 3 else mask.unsqueeze(0)
+    return mask_for(whole.unsqueeze(1), images.shape[1], images.shape[2], images.shape[0])

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ...faithdiff_core.errors import ImageError
-from ...faithdiff_core.images.color import fix_colors
 from ...faithdiff_core.images.cutout import resize_cutout
 from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
-from .checks import check_image
+from ...faithdiff_core.images.region import feathered, fix_and_composite
+from .checks import check_image, mask_of_images
 from .graph_types import LQFrame
 
 
@@ -52,13 +52,18 @@ def prepare(
     return _channels_last(pad_to_multiple(colors, multiple)), LQFrame(_channels_last(colors), mask)
 
 
-def finish(image: Tensor, frame: LQFrame, color_fix: str) -> tuple[Tensor, Tensor]:
+def finish(
+    image: Tensor, frame: LQFrame, color_fix: str, restore_mask: Tensor | None = None, feather: int = 0
+) -> tuple[Tensor, Tensor]:
     """Crop restored IMAGEs and correct their colours.
 
     Args:
         image: (B, H, W, 3) in [0, 1], padded.
         frame: from `prepare`.
         color_fix: adain, wavelet or none.
+        restore_mask: MASK, 1 where the image was restored; elsewhere the result is the enlarged image. Colours are
+            matched within it.
+        feather: width of the mask's soft edge in pixels.
 
     Returns:
         IMAGE of the frame's size, and MASK.
@@ -80,7 +85,12 @@ def finish(image: Tensor, frame: LQFrame, color_fix: str) -> tuple[Tensor, Tenso
         )
     cropped = _channels_first(image[:, :height, :width, :3])
     alpha = None if frame.mask is None else 1.0 - frame.mask.unsqueeze(1)
-    fixed = fix_colors(cropped, _channels_first(frame.image), color_fix, alpha).clamp(0.0, 1.0)
+    original = _channels_first(frame.image)
+    region = None
+    if restore_mask is not None:
+        # The mask is one of the padded image, whether it was drawn on that or on a smaller one.
+        region = feathered(mask_of_images(restore_mask, image), feather)[..., :height, :width]
+    fixed = fix_and_composite(cropped, original, color_fix, alpha, region)
     mask = frame.mask if frame.mask is not None else torch.zeros(1, height, width)
     return _channels_last(fixed), mask.expand(image.shape[0], -1, -1).clone()
 

@@ -40,9 +40,11 @@ class LQFeatures:
 
     Attributes:
         tensor: (B, C, h, w) on ComfyUI's intermediate device; h and w are the latent's.
+        encoded: where they are complete, (h, w), bool, on the CPU, if a mask left out the rest; else None.
     """
 
     tensor: Tensor
+    encoded: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:

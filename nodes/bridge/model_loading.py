@@ -17,11 +17,14 @@ from torch import nn
 from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.dtypes import DTYPES
 from ...faithdiff_core.errors import ImageError, WeightsError
+from ...faithdiff_core.images.region import around, at_latent_size
 from ...faithdiff_core.models.alignment import AlignmentConfig
+from ...faithdiff_core.tiling.blend import complete, composite_spans
 from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
+from .checks import mask_of_images
 from .difference_patches import add_difference
 from .graph_types import AdapterModels, LQFeatures
 from .prediction_type import check_mixable, take_published_sampling
@@ -235,7 +238,14 @@ def _replaces(entry: tuple[Any, ...]) -> bool:
     return strength_model != 1.0 or (isinstance(added, tuple) and len(added) == 2 and added[0] == "set")
 
 
-def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, overlap: float) -> LQFeatures:
+def encode_lq(
+    faithdiff: AdapterModels,
+    pixels: torch.Tensor,
+    tile_size: int,
+    overlap: float,
+    restore_mask: torch.Tensor | None = None,
+    mask_margin: int = 0,
+) -> LQFeatures:
     """Encode images with ComfyUI's memory management, progress and cancel.
 
     Args:
@@ -243,6 +253,8 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
         pixels: (B, H, W, 3) in [0, 1], sides multiples of 8.
         tile_size: tile side in pixels.
         overlap: overlap as a fraction of the tile.
+        restore_mask: MASK, (B or 1, H, W), of what is to be restored; tiles far from it are left out.
+        mask_margin: how far around the mask features are needed, in pixels.
 
     Returns:
         Features (B, C, H / 8, W / 8) on ComfyUI's intermediate device.
@@ -264,10 +276,16 @@ def encode_lq(faithdiff: AdapterModels, pixels: torch.Tensor, tile_size: int, ov
     height, width = (min(side, tile_size) for side in pixels.shape[1:3])
     comfy.model_management.load_models_gpu([patcher], memory_required=_encode_memory(height, width, dtype))
     images = pixels[..., :3].movedim(-1, 1) * 2.0 - 1.0
+    needed = encoded = None
+    if restore_mask is not None:
+        mask = at_latent_size(mask_of_images(restore_mask, pixels))
+        needed = around(mask, mask_margin)
+        rows, columns = (composite_spans(side, tile_size, overlap) for side in needed.shape)
+        encoded = complete(rows, columns, needed)
     features = patcher.model.encode(
-        images, tile_size, overlap, work_progress(), device=patcher.load_device, dtype=dtype
+        images, tile_size, overlap, work_progress(), device=patcher.load_device, dtype=dtype, needed=needed
     )
-    return LQFeatures(features.to(comfy.model_management.intermediate_device()))
+    return LQFeatures(features.to(comfy.model_management.intermediate_device()), encoded)
 
 
 def _encode_memory(height: int, width: int, dtype: torch.dtype) -> int:

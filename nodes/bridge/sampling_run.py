@@ -12,6 +12,7 @@ from ...faithdiff_core.tiling.grid import Tile, check_overlap, check_tile_size
 from ...faithdiff_core.tiling.moving import TileGridKind, TileGrids
 from .control_hints import ControlHints
 from .graph_types import LQFeatures
+from .noise_mask import NoiseMask
 from .step_progress import TileProgress
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class SamplingRun:
         seed: of the sampler; moving tiles follow it.
         hints: of the ControlNets, made during the run.
         state: what other patches hold, apart for every tile; None before a run.
+        mask: of the latent, where it limits what changes; None before a run.
         prompts: ComfyUI's conditionings of the run, of which a step may use a part.
         conditions: of the coming U-Net call, by the conditioning's uuid; one that is missing is left alone.
         copies_equal: whether all rows of one image and tile are equal before the alignment, whatever their
@@ -89,13 +91,14 @@ class SamplingRun:
     seed: int = 0
     hints: ControlHints = field(default_factory=ControlHints)
     state: TileState | None = None
+    mask: NoiseMask | None = None
     prompts: tuple[list[dict[str, Any]], ...] = ()
     conditions: Mapping[UUID, CallCondition] = field(default_factory=dict)
     copies_equal: bool = True
 
     def started(self, seed: int, state: TileState | None, prompts: tuple[list[dict[str, Any]], ...]) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
-        return SamplingRun(self.tiling, self.progress, seed, state=state, prompts=prompts)
+        return SamplingRun(self.tiling, self.progress, seed, state=state, mask=self.mask, prompts=prompts)
 
     def calling(self, conditions: Mapping[UUID, CallCondition], copies_equal: bool) -> SamplingRun:
         """The same with the conditions of the coming U-Net call."""

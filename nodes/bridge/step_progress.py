@@ -41,10 +41,10 @@ class TileProgress:
 
         return at_step_end
 
-    def tiles_done(self, done: int) -> None:
-        """Move the bar: `done` tiles of the running step are finished."""
+    def tiles_done(self, done: int, total: int) -> None:
+        """Move the bar: `done` of the running step's `total` tiles are finished."""
         end = min(self._step + 1, self._steps) * self._tiles
-        value = min(self._step * self._tiles + done, end - 1)
+        value = min(self._step * self._tiles + done * self._tiles // total, end - 1)
         if value > self._value:
             self._value = value
             self._bar.update_absolute(value, self._steps * self._tiles)

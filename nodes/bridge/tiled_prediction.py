@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
@@ -24,6 +25,7 @@ from .active_conditions import (
     active_conditions,
     call_conditions,
     carries_lq,
+    check_encoded,
     check_features,
     other_tiler,
     without_lq,
@@ -31,6 +33,7 @@ from .active_conditions import (
 from .alignment_patch import find_patch, patch_among
 from .executing_node import refuse_nodes_that_cut
 from .lq_conditioning import NO_ALIGNMENT
+from .noise_mask import mask_of
 from .sampling_run import SamplingRun, Tiling, run_of, set_up_run, with_run
 from .step_progress import show_tiles
 from .tile_conds import tile_conds
@@ -51,6 +54,7 @@ Executor = Callable[..., Any]
 def add_sampling_wrappers(model: ModelPatcher) -> None:
     """Put the sampling wrappers on a cloned MODEL, once."""
     for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, outer_sample),
         (WrappersMP.PREPARE_SAMPLING, prepare_sampling),
         (WrappersMP.SAMPLER_SAMPLE, sampler_sample),
         (WrappersMP.CALC_COND_BATCH, calc_cond_batch),
@@ -66,6 +70,34 @@ def tiled(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
     add_sampling_wrappers(clone)
     set_up_run(clone, tiling=tiling)
     return clone
+
+
+def outer_sample(
+    executor: Executor,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    """Wrapper around all of sampling: what the noise mask leaves out comes back as it was given."""
+    guider = executor.class_obj  # type: ignore[attr-defined]
+    options = guider.model_options
+    run = run_of(options.get("transformer_options", {}))
+    mask = mask_of(sampler, run.tiling is not None, denoise_mask)
+    if mask is None:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *rest, **more)
+    # Asked before: uni_pc replaces the last level, in place.
+    to_the_end = float(sigmas[-1]) == 0.0
+    guider.model_options = with_run(options, replace(run, mask=mask))
+    try:
+        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *rest, **more)
+    finally:
+        guider.model_options = options
+    # Sampling that stops at a noise level leaves noise everywhere, for another run to go on with.
+    return mask.kept(latent_image, result) if to_the_end else result
 
 
 def prepare_sampling(executor: Executor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kw: Any) -> Any:
@@ -104,6 +136,8 @@ def sampler_sample(
         if tiles > 1:
             state = TileState(model_options)
             state.refuse_what_guidance_reads(tiles)
+    if run.mask is not None:
+        model_options = run.mask.begin(guider, model_options)
     run = run.started(extra_args.get("seed") or 0, state, prompts)
     extra_args = {**extra_args, "model_options": with_run(model_options, run)}
     return executor(guider, sigmas, extra_args, callback, noise, *rest)
@@ -147,7 +181,9 @@ def calc_cond_batch(
         "control" in cond or "c_concat" in cond["model_conds"] for group in conds for cond in group or ()
     )
     if run.tiling is None:
-        call = run.calling(call_conditions(active, conds, (Tile(0, 0, height, width),)), copies_equal)
+        whole = (Tile(0, 0, height, width),)
+        check_encoded(active, whole)
+        call = run.calling(call_conditions(active, conds, whole), copies_equal)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
     grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
@@ -156,15 +192,17 @@ def calc_cond_batch(
         patch.keep_for(grid, x_in.device)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
+    needed = grid.tiles if run.mask is None else run.mask.touched(grid.tiles, (height, width))
+    check_encoded(active, needed)
     at_once = _tiles_per_call(model, run, grid, conds, x_in)
     done = 0
     if run.state is not None:
         run.state.keep_for(grid.tiles)
-    while done < len(grid):
+    while done < len(needed):
         comfy.model_management.throw_exception_if_processing_interrupted()
         alone = run.state is not None and run.state.one_by_one()
-        tiles = grid.tiles[done : done + (1 if alone else at_once)]
-        show_tiles(run.progress, done + 1, done + len(tiles), len(grid))
+        tiles = needed[done : done + (1 if alone else at_once)]
+        show_tiles(run.progress, done + 1, done + len(tiles), len(needed))
         cut = [None if group is None else tile_conds(model, group, grid, tiles, images) for group in conds]
         call = run.calling(call_conditions(active, cut, tiles), copies_equal)
         x = torch.cat([tile.crop(x_in) for tile in tiles])
@@ -178,7 +216,7 @@ def calc_cond_batch(
                 grid.merge(out, tile, part)
         done += len(tiles)
         if run.progress is not None:
-            run.progress.tiles_done(done)
+            run.progress.tiles_done(done, len(needed))
     return outs
 
 

@@ -8,10 +8,13 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.errors import NotFiniteError, SettingsError
+from ...faithdiff_core.images.region import feathered
 from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.vae.decoder_stages import parts_from_ldm, stored_affine
 from ...faithdiff_core.vae.tiled_decode import decode_tiled
+from .checks import check_image, mask_of_images
 from .step_progress import work_progress
 
 if TYPE_CHECKING:
@@ -61,6 +64,59 @@ def decode_in_tiles(vae: VAE, latents: Tensor, tile_size: int, overlap: float) -
         ) from error
     image = vae.process_output(pixels).movedim(1, -1).contiguous()
     return image.to(comfy.model_management.intermediate_device())
+
+
+def decode_part(
+    vae: VAE,
+    latents: Tensor,
+    tile_size: int,
+    overlap: float,
+    restore_mask: Tensor | None,
+    feather: int,
+    original: Tensor | None,
+) -> Tensor:
+    """Decode what was restored, and put it into the image that it was a part of.
+
+    Decoded are whole images: a decode of the masked part alone would have statistics of its own, and another tone.
+    Images that the mask leaves out altogether are not decoded.
+
+    Args:
+        vae, latents, tile_size, overlap: as for `decode_in_tiles`.
+        restore_mask: MASK, 1 where the image is restored.
+        feather: width of the mask's soft edge in pixels.
+        original: IMAGE that the latents' size is of.
+
+    Returns:
+        IMAGE, exactly the original outside the mask and its edge.
+
+    Raises:
+        SettingsError: only one of mask and original, or they do not fit the latents.
+    """
+    if restore_mask is None or original is None:
+        missing = "restore_mask" if restore_mask is None else "original"
+        raise SettingsError(
+            f"{missing} is not connected. To put a restored part back into its image, connect both restore_mask and "
+            f"original; to decode the whole image, neither."
+        )
+    image = check_image(original, "original")[..., :3]
+    height, width = (side * VAE_SCALE_FACTOR for side in latents.shape[-2:])
+    if image.shape[1:3] != (height, width) or image.shape[0] not in (1, latents.shape[0]):
+        raise SettingsError(
+            f"original must be the image that the latents are of, {latents.shape[0]} x {width} x {height}, got "
+            f"{image.shape[0]} x {image.shape[2]} x {image.shape[1]}."
+        )
+    out = image.to(comfy.model_management.intermediate_device(), torch.float32)
+    out = out.expand(latents.shape[0], -1, -1, -1).clone()
+    mask = feathered(mask_of_images(restore_mask, out), feather).to(out.device).movedim(1, -1)
+    mask = mask.expand(out.shape[0], -1, -1, -1)
+    chosen = [i for i in range(out.shape[0]) if mask[i].any()]
+    if chosen:
+        out[chosen] = torch.lerp(
+            out[chosen],
+            decode_in_tiles(vae, latents[chosen], tile_size, overlap).to(out),
+            mask[chosen].expand(-1, -1, -1, 3),
+        )
+    return out
 
 
 def norm_affine(norm: nn.GroupNorm, device: torch.device) -> tuple[Tensor, Tensor]:
