@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class Trial:
         strong: its settings; see `Values.arguments`.
         cfg: guidance of the sampler (not of a GUIDER that has its own input).
         faithdiff: False samples plain SDXL with plain prompts: whether the node works at all.
+        covered: what the node itself is given as CONDITIONING has the size conditioning of one large tile.
     """
 
     values: Values
@@ -61,6 +62,7 @@ class Trial:
     strong: bool
     cfg: float = 4.0
     faithdiff: bool = True
+    covered: bool = False
 
     def __post_init__(self) -> None:
         self._weights_only: Any = None
@@ -74,6 +76,9 @@ class Trial:
         schema = self.schema
         if schema.kind != "MODEL" and "model" not in given:
             given = {**given, **dict.fromkeys(schema.names("MODEL")[:1], self.base())}
+        if self.covered:
+            own = covering(self.values.plain_conditioning())
+            given = {**dict.fromkeys(schema.names("CONDITIONING"), own), **given}
         return call(self.values.host, schema, self.values.arguments(schema, self.strong, tile, given))
 
     def model(self, tile: Tile | None) -> Any:
@@ -239,7 +244,7 @@ def tiled(trial: Trial, batch: int, steps: int, which: str = "A", tile: int = TI
 
 def untiled(trial: Trial, steps: int, which: str = "A", covered: bool = False) -> Result:
     """The trial without tiles; `covered` gives it the size conditioning of one large tile."""
-    model = trial.model(None)
+    model = (replace(trial, covered=True) if covered and trial.schema.kind == "MODEL" else trial).model(None)
     latent = trial.latent(None, which)
     guider = trial.guider(model, trial.conds(None, which), covering if covered else None)
     return sample(guider, latent, noise(latent, which), schedule(model, steps, trial.schema.kind))
@@ -279,7 +284,7 @@ def merged_by_hand(trial: Trial, steps: int, which: str = "A") -> Tensor:
         for group in conds:
             found = [predicted[places.get(cond["uuid"], ("own", 0))] for cond in group or ()]
             if len(found) > 1:
-                raise NotImplementedError("several conditionings for one prompt")
+                raise ValueError(f"{len(found)} conditionings for one prompt: their areas cannot be merged by hand")
             outs.append(found[0] if found else torch.zeros_like(x))
         return outs
 
