@@ -69,6 +69,14 @@ class SaveError(FaithDiffError):
     """A file cannot be written: no space left, no permission, a folder that is not there."""
 
 
+def reason_of(error: Exception) -> str:
+    """Why work on one image failed, for its user; an error whose text is not for people is named by its class."""
+    reason = str(error).strip() or type(error).__name__
+    if isinstance(error, (FaithDiffError, OSError, RuntimeError, MemoryError)):
+        return reason
+    return f"{type(error).__name__}: {reason}"
+
+
 def install_extra(name: str) -> str:
     """In words, how to install what an extra of pyproject.toml brings; for messages of `MissingPackageError`.
 

@@ -12,7 +12,7 @@ from ..cli import EXIT_FAILED
 from ..errors import SettingsError
 from ..evaluation.metrics import FULL_REFERENCE, NO_REFERENCE, PRESETS, metric_names
 from ..evaluation.scores import as_json, comparison, evaluate_folders, table, write_csv
-from .jobs import folder_problem
+from ..images.names import folder_problem
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

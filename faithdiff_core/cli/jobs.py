@@ -6,20 +6,16 @@ import glob
 import logging
 import os
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engine.restoration import Progress
-from ..errors import FaithDiffError, ImageError, SettingsError
+from ..errors import ImageError, SettingsError, reason_of
 from ..images.formats import list_folder, read_suffixes
+from ..images.names import folder_problem, name_problem, real_path, result_names, source_problem
 from ..images.writing import WRITE_SUFFIXES, check_output_name
 from .progress_line import ProgressLine
-
-NAME_LIMIT = 255
-"""Bytes of a file name, where the file system does not say how many it takes."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Report:
 
     done: int = 0
     skipped: int | None = 0
-    failures: list[tuple[Path, str]] = field(default_factory=list)
+    failures: list[tuple[Path | str, str]] = field(default_factory=list)
     verb: str = "restored"
 
     def lines(self) -> list[str]:
@@ -84,37 +80,12 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
     elif os.path.isfile(output) or (named_file and output.suffix.lower() in WRITE_SUFFIXES):
         raise SettingsError(f"{output} is one file, but there are {len(sources)} images. Give a folder.")
     else:
-        targets = _targets(list(found.values()), output, suffix)
-        jobs = [Job(source, target) for source, target in zip(sources, targets, strict=True)]
-    overwritten = {_real(source) for source in sources} & {_real(job.target) for job in jobs}
+        names = result_names(list(found.values()), suffix)
+        jobs = [Job(source, output / name) for source, name in zip(sources, names, strict=True)]
+    overwritten = {real_path(source) for source in sources} & {real_path(job.target) for job in jobs}
     if overwritten:
         raise SettingsError(f"The result would overwrite the input {min(overwritten)}. Choose another folder or name.")
     return jobs
-
-
-def _targets(names: Sequence[Path], output: Path, suffix: str) -> list[Path]:
-    """Where results go, one for each name, all different even where upper and lower case are the same."""
-    # a.jpg and a.png would both become a.png; then both keep their endings.
-    stems = Counter(str(name.with_suffix("")).casefold() for name in names)
-    targets = [
-        name.with_suffix(suffix) if stems[str(name.with_suffix("")).casefold()] == 1 else Path(f"{name}{suffix}")
-        for name in names
-    ]
-    twice = [target for target, count in Counter(targets).items() if count > 1]
-    if twice:
-        raise SettingsError(
-            f"Several images would be written to {output / twice[0]}. Give their folders one at a time."
-        )
-    taken = {str(target).casefold() for target in targets}
-    seen: set[str] = set()
-    for index, target in enumerate(targets):
-        unique, number = target, 1
-        while str(unique).casefold() in (seen if number == 1 else seen | taken):
-            number += 1
-            unique = target.with_stem(f"{target.stem}_{number}")
-        targets[index] = unique
-        seen.add(str(unique).casefold())
-    return [output / target for target in targets]
 
 
 def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
@@ -124,11 +95,11 @@ def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
     """
     path = Path(word)
     if os.path.isdir(path):
-        results = _real(output)
-        if results == _real(path):
+        results = real_path(output)
+        if results == real_path(path):
             raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
         for file in list_folder(path).files:
-            if results not in _real(file).parents:
+            if results not in real_path(file).parents:
                 yield file, file.relative_to(path)
     elif os.path.lexists(path) or not glob.has_magic(word):
         # One that does not exist is a failure like any other: it must not keep the others from being done.
@@ -141,17 +112,11 @@ def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
 
 def left_out(inputs: Sequence[str], output: Path) -> list[Path]:
     """Images in the folders among `inputs` whose formats are not read."""
-    results = _real(output)
+    results = real_path(output)
     folders = [Path(word) for word in inputs if os.path.isdir(word)]
-    return [file for folder in folders for file in list_folder(folder).left_out if results not in _real(file).parents]
-
-
-def _real(path: Path) -> Path:
-    """A path without links; `Path.resolve` raises an error for links in a circle and for null bytes."""
-    try:
-        return Path(os.path.realpath(path))
-    except (OSError, ValueError):
-        return Path(os.path.abspath(path))
+    return [
+        file for folder in folders for file in list_folder(folder).left_out if results not in real_path(file).parents
+    ]
 
 
 def possible(jobs: Sequence[Job], report: Report) -> list[Job]:
@@ -165,44 +130,12 @@ def possible(jobs: Sequence[Job], report: Report) -> list[Job]:
         raise ImageError(f"Results cannot be written: {reasons[jobs[0].target.parent]}")
     good = []
     for job in jobs:
-        reason = _source_problem(job.source) or reasons[job.target.parent] or _name_problem(job.target)
+        reason = source_problem(job.source) or reasons[job.target.parent] or name_problem(job.target)
         if reason:
             report.failures.append((job.source, reason))
         else:
             good.append(job)
     return good
-
-
-def _source_problem(source: Path) -> str:
-    if os.path.exists(source):
-        return ""
-    return "it is a link that leads to no file" if os.path.islink(source) else "there is no such file"
-
-
-def folder_problem(folder: Path) -> str:
-    """Why no file can be made in a folder that may have to be made itself; empty if one can."""
-    there = folder
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
-    try:
-        if there == folder:
-            with tempfile.TemporaryFile(dir=there):
-                pass
-        else:
-            os.rmdir(tempfile.mkdtemp(dir=there))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return f"the folder {folder} cannot be {'written to' if there == folder else 'made'} ({there}: {reason})."
-    return ""
-
-
-def _name_problem(target: Path) -> str:
-    try:
-        limit = os.pathconf(target.parent, "PC_NAME_MAX")
-    except (OSError, ValueError, AttributeError):  # no such folder yet, or Windows
-        limit = NAME_LIMIT
-    size = len(os.fsencode(target.name))
-    return f"the result's name has {size} bytes, and the file system takes {limit}. Rename the image." * (size > limit)
 
 
 def attempt(job: Job, work: Callable[[Job, Progress], Sequence[str]], report: Report, label: str, quiet: bool) -> None:
@@ -221,9 +154,7 @@ def attempt(job: Job, work: Callable[[Job, Progress], Sequence[str]], report: Re
     # Decoders and models of other packages raise whatever they like, and the other images are still to be done.
     except Exception as error:
         logging.getLogger(__name__).debug("working on %s", job.source, exc_info=True)
-        reason = str(error).strip() or type(error).__name__
-        if not isinstance(error, (FaithDiffError, OSError, RuntimeError, MemoryError)):
-            reason = f"{type(error).__name__}: {reason}"
+        reason = reason_of(error)
         line.clear()
         sys.stderr.write(f"{label}: failed: {reason}\n")
         report.failures.append((job.source, reason.splitlines()[0]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..archive.storage import as_address, is_url
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.description import add_option, described, option
 from ..engine.restoration import ModelFiles, Progress, Restoration
@@ -26,6 +27,8 @@ examples:
     python -m faithdiff_core restore photo.jpg -o new.png --model RealVisXL_V4.0.safetensors --faithdiff FaithDiff.bin
   a folder; run it again to continue where it stopped
     python -m faithdiff_core restore scans/ -o restored/ --model realvis/ --faithdiff FaithDiff.bin
+  an archive, with a manifest and two GPUs of this machine
+    python -m faithdiff_core restore s3://scans/1912 -o s3://restored/1912 --workers 2 --model realvis/ --faithdiff ...
   four times as large, in two passes of two
     python -m faithdiff_core restore face.png -o face_4x.png --scale 4 --passes 2 --model ... --faithdiff ...
 """
@@ -35,15 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `restore`."""
     parser.epilog = _EXAMPLES
     parser.add_argument(
-        "inputs", nargs="+", metavar="IN", help="images, folders (with what is below them) and patterns"
+        "inputs", nargs="+", metavar="IN", help="images, folders (with what is below them), patterns, URLs of these"
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=_output,
         required=True,
         metavar="OUT",
-        help=f"a folder; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
+        help=f"a folder or its URL; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
     )
     parser.add_argument(
         "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="of files in a folder (png)"
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
     add_model_options(parser)
+    add_worker_options(parser)
     add_size_options(parser)
     add_text_options(parser)
     method = parser.add_argument_group("method")
@@ -88,6 +92,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=("none", "model", "sequential"),
         default="none",
         help="offload idle models to CPU memory: whole models, or layer by layer (none)",
+    )
+
+
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """Where images are restored: in this process, in several, or on a cluster."""
+    archive = parser.add_argument_group("archives", "docs/scaling.md explains these")
+    archive.add_argument(
+        "--workers",
+        type=worker_count,
+        metavar="N",
+        help="keep a manifest, and restore in N processes of this machine (1: in this one), or, with ray or "
+        "ray:ADDRESS, on the cluster that Ray runs",
+    )
+    archive.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        metavar="GPUS",
+        help="GPUs of a worker, such as 1 or 0.5 (1 where there are GPUs, else 0)",
     )
 
 
@@ -136,6 +158,10 @@ def run(args: argparse.Namespace) -> int:
         FaithDiffError: bad arguments, or a model that cannot be loaded.
     """
     restoration = read_restoration(args)
+    if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output)):
+        return _run_archive(args, restoration)
+    if args.gpus_per_worker is not None:
+        raise SettingsError("--gpus-per-worker needs --workers.")
     jobs = find_jobs(args.inputs, args.output, "." + args.format)
     todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
     report = Report(skipped=len(jobs) - len(todo))
@@ -154,10 +180,46 @@ def run(args: argparse.Namespace) -> int:
                 attempt(job, work, report, f"[{number}/{len(todo)}] {job.source.name}", args.quiet)
         except KeyboardInterrupt:
             code = EXIT_CANCELLED
+    return _ended(report, code, args.quiet)
+
+
+def _run_archive(args: argparse.Namespace, restoration: Restoration) -> int:
+    from ..archive.run import Archive
+
+    out = as_address(str(args.output))
+    archive = Archive(args.inputs, out, "." + args.format, restoration, args.overwrite, args.quiet)
+    if args.workers in (None, 1):
+        if args.gpus_per_worker is not None:
+            raise SettingsError("--gpus-per-worker needs several workers: one works in this process.")
+        outcome = archive.run()
+    else:
+        from ..archive.cluster import Cluster
+
+        with Cluster(args.workers, args.gpus_per_worker, restoration, out, args.overwrite) as cluster:
+            outcome = archive.run(cluster.reports)
+    report = Report(outcome.done, outcome.skipped, [*outcome.failures])
+    return _ended(report, EXIT_CANCELLED if outcome.stopped else 0, args.quiet)
+
+
+def _ended(report: Report, code: int, quiet: bool) -> int:
+    """Write the last lines; the exit code."""
     stream = sys.stderr if report.failures else sys.stdout
-    if report.failures or not args.quiet:
+    if report.failures or not quiet:
         stream.write("\n".join(report.lines()) + "\n")
     return code or (EXIT_FAILED if report.failures else 0)
+
+
+def worker_count(word: str) -> int | str:
+    """What follows `--workers`: a number, `ray`, or `ray:ADDRESS`."""
+    if word == "ray" or word.startswith("ray:"):
+        return word
+    try:
+        number = int(word)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, ray or ray:ADDRESS, got {word}")
+    return number
 
 
 def read_settings(args: argparse.Namespace) -> RestoreSettings:
@@ -206,6 +268,11 @@ def _size_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.longest_side is not None or args.megapixels is not None:
         return {"longest_side": args.longest_side, "megapixels": args.megapixels}
     return {"scale": RestoreSettings().scale if args.scale is None else args.scale}
+
+
+def _output(word: str) -> Path | str:
+    """OUT: a URL would lose a slash as a path."""
+    return word if is_url(word) else Path(word)
 
 
 def _lora(word: str) -> tuple[Path, float]:

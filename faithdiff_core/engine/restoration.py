@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import write_atomically
 from ..captions.files import caption_beside
 from ..captions.trim import trim_caption
 from ..errors import ImageError
 from ..images.geometry import resize_lanczos, target_size
 from ..images.metadata import Metadata
-from ..images.reading import load_image
-from ..images.writing import check_output, save_image
+from ..images.reading import LoadedImage, load_image
+from ..images.writing import check_output, encode_image
 from .settings import RestoreSettings
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ class ModelFiles:
 
 
 @dataclass(frozen=True)
+class Made:
+    """A restored image that is not written yet.
+
+    Attributes:
+        image: the result.
+        content: its file.
+        notes: what a user should know about the image.
+    """
+
+    image: LoadedImage
+    content: bytes
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Restoration:
     """What is done to every image of a run.
 
@@ -151,9 +167,36 @@ class Restoration:
             FaithDiffError: the image or its caption cannot be read, or the result cannot be written as the name says.
         """
         image = load_image(source)
+        made = self.make(pipeline, image, source.name, target, self.prompt_for(source), progress, also_record)
+        write_atomically(target, made.content)
+        return made.notes
+
+    def make(
+        self,
+        pipeline: FaithDiffPipeline,
+        image: LoadedImage,
+        name: str,
+        target: Path,
+        prompt: str,
+        progress: Progress | None = None,
+        also_record: Mapping[str, Any] | None = None,
+    ) -> Made:
+        """Restore one image that has been read, without writing it.
+
+        Args:
+            pipeline: from `files.load()`.
+            image: the input.
+            name: of the input's file, for messages and metadata.
+            target: its name says the format.
+            prompt: from `prompt_for`.
+            progress: see `FaithDiffPipeline`.
+            also_record: further entries of the metadata, as JSON has them.
+
+        Raises:
+            FaithDiffError: the result cannot be made, or not in the format.
+        """
         height, width = target_size(*image.size, **self.size)
         check_output(target, height, width, transparent=image.alpha is not None)
-        prompt = self.prompt_for(source)
         try:
             result = pipeline(
                 image.colors.unsqueeze(0),
@@ -168,18 +211,23 @@ class Restoration:
             if "more than 1 value per channel" not in str(error):  # GroupNorm's, of small models
                 raise
             raise ImageError(
-                f"{source.name} would become {width} x {height} pixels, too few for this model. Choose a scale that "
+                f"{name} would become {width} x {height} pixels, too few for this model. Choose a scale that "
                 f"gives 16 pixels or more."
             ) from error
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
-        recipe = {"source": source.name, "width": width, "height": height, "prompt": prompt, **self._shared()}
-        recipe |= also_record or {}
-        text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
         kept = image.metadata if self.metadata else Metadata()
         if not self.location:
             kept = kept.without_location()
-        saved = save_image(target, replace(image, colors=result[0], alpha=alpha, metadata=kept), text=text)
-        return (*image.notes, *saved)
+        restored = replace(image, colors=result[0], alpha=alpha, metadata=kept)
+        recipe = {**self.recipe(name, image, prompt), **(also_record or {})}
+        text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
+        content, notes = encode_image(target, restored, text)
+        return Made(restored, content, (*image.notes, *notes))
+
+    def recipe(self, name: str, image: LoadedImage, prompt: str) -> dict[str, Any]:
+        """What the metadata of an image's result records: all that it was made with."""
+        height, width = target_size(*image.size, **self.size)
+        return {"source": name, "width": width, "height": height, "prompt": prompt, **self._shared()}
 
     def prompt_for(self, source: Path) -> str:
         """The prompt of one image: its caption where captions are asked for and it has one.
@@ -187,7 +235,10 @@ class Restoration:
         Raises:
             SettingsError: the caption is not UTF-8.
         """
-        caption = caption_beside(source) if self.captions else None
+        return self.prompt_from(caption_beside(source) if self.captions else None)
+
+    def prompt_from(self, caption: str | None) -> str:
+        """The prompt of an image with a caption, or with None."""
         if caption is None:
             return self.prompt
         return trim_caption(caption) if self.trim_captions else caption

@@ -11,7 +11,8 @@ import importlib.util
 import io
 import os
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,26 +111,33 @@ class ImageFolder:
 
 def list_folder(folder: Path) -> ImageFolder:
     """Find the images in a folder and its subfolders; hidden files, and the `._` files of macOS, are none."""
-    suffixes = read_suffixes()
-    known = {*_OTHER_SUFFIXES, *(suffix for _, _, endings in PLUGINS.values() for suffix in endings)}
-    files: list[Path] = []
-    left_out: list[Path] = []
+    found: dict[bool, list[Path]] = {True: [], False: []}
     for file in sorted(folder.rglob("*")):
-        suffix = file.suffix.lower()
-        if file.name.startswith(".") or (suffix not in suffixes and suffix not in known) or not os.path.isfile(file):
-            continue
-        (files if suffix in suffixes else left_out).append(file)
-    return ImageFolder(files, left_out)
+        if (readable := is_readable(file.name)) is not None and os.path.isfile(file):
+            found[readable].append(file)
+    return ImageFolder(found[True], found[False])
 
 
-def left_out_note(files: list[Path]) -> str:
+def is_readable(name: str) -> bool | None:
+    """Whether a file in a folder is an image that is read, by its name; None if it is no image, or hidden."""
+    suffix = Path(name).suffix.lower()
+    if name.startswith("."):
+        return None
+    if suffix in read_suffixes():
+        return True
+    others = (*_OTHER_SUFFIXES, *(suffix for _, _, endings in PLUGINS.values() for suffix in endings))
+    return False if suffix in others else None
+
+
+def left_out_note(files: Iterable[Path]) -> str:
     """In words, which images are left out, and what would read them."""
-    if not files:
+    counts = Counter(file.suffix.lower() for file in files)
+    if not counts:
         return ""
-    endings = sorted({file.suffix.lower() for file in files})
-    packages = [package for _, package, suffixes in PLUGINS.values() if set(suffixes) & set(endings)]
+    packages = [package for _, package, suffixes in PLUGINS.values() if set(suffixes) & set(counts)]
     how = f" Install {' and '.join(packages)} to read them." * bool(packages)
-    return f"left out {len(files)} file(s) of formats that are not read ({', '.join(endings)}).{how}"
+    endings = ", ".join(sorted(counts))
+    return f"left out {counts.total()} file(s) of formats that are not read ({endings}).{how}"
 
 
 def read_content(path: Path) -> bytes:

@@ -1,0 +1,1 @@
+"""Archives: folders of any size and place, restored by several processes or machines, with a record of every image."""

@@ -1,0 +1,207 @@
+"""Workers in several processes and on several machines, which Ray Data runs: an actor pool, one pipeline an actor.
+
+Ray Data hands out the images, starts actors that died again, and repeats what was on lost machines. The list of images
+lies in the output folder, in parts of some hundred, so that neither the driver nor Ray holds all of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ..engine.restoration import Restoration
+from ..errors import FaithDiffError, MissingPackageError, SettingsError, install_extra
+from .storage import join, remove_folder, write_lines
+from .work_list import Item
+from .worker import Report
+
+LISTS = ".faithdiff-lists"
+"""Folder in the output folder for the list of images; removed at the end."""
+
+_PART = 500
+"""Images in a part of the list."""
+
+_TASK_RETRIES = 2
+"""How often Ray gives an image to another worker when its worker died: an image may be what kills them."""
+
+_ROUNDS = 3
+"""How often images are given out that came back from no worker."""
+
+
+class Cluster:
+    """A connection to Ray, while work goes on.
+
+    Args:
+        workers: number of processes on this machine, `ray`, or `ray:ADDRESS`.
+        gpus: of a worker; None for 1 where there are GPUs and they are wanted, else 0.
+        restoration: what is done to every image.
+        out: the output folder, path or URL; all machines must see it.
+        overwrite: results that are there do not count.
+
+    Raises:
+        MissingPackageError: Ray is not installed.
+        SettingsError: no Ray runs there, or there is less than one worker needs.
+    """
+
+    def __init__(
+        self, workers: int | str, gpus: float | None, restoration: Restoration, out: str, overwrite: bool = False
+    ) -> None:
+        try:
+            import ray.data
+        except ModuleNotFoundError as error:
+            raise MissingPackageError(f"--workers {workers} needs Ray; {install_extra('cluster')}.") from error
+        if gpus is not None and not 0 <= gpus < 1e6:
+            raise SettingsError(f"--gpus-per-worker must be 0 or more, got {gpus}.")
+        self._ray = ray
+        self._restoration, self._out, self._overwrite = restoration, out, overwrite
+        self._lists = join(out, f"{LISTS}/{uuid.uuid4().hex[:12]}")
+        wants_gpus = restoration.files.device not in ("cpu", "mps")
+        cpus = _connect(workers)
+        try:
+            self._plan_workers(workers, gpus, wants_gpus, cpus)
+        except BaseException:
+            ray.shutdown()
+            raise
+
+    def _plan_workers(self, workers: int | str, gpus: float | None, wants_gpus: bool, cpus: float) -> None:
+        there = self._ray.cluster_resources()
+        all_gpus = there.get("GPU", 0.0)
+        self.gpus = (1.0 if wants_gpus and all_gpus else 0.0) if gpus is None else gpus
+        self.cpus = cpus
+        most = all_gpus / self.gpus if self.gpus else there.get("CPU", 0.0) / cpus
+        self.size = int(most + 1e-6) if isinstance(workers, str) else workers
+        if self.size < 1 or self.size > most + 1e-6:
+            raise SettingsError(
+                f"--workers {workers} with {self.gpus:g} GPU(s) each: Ray has {all_gpus:g} GPU(s) and "
+                f"{there.get('CPU', 0):g} CPU(s). Give fewer workers or --gpus-per-worker."
+            )
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ray.shutdown()
+
+    def reports(self, items: Callable[[], Iterator[Item]]) -> Iterator[Report]:
+        """Give the open items out to the workers, and yield what became of them; for `Archive.run`.
+
+        Args:
+            items: the items whose reports have not been yielded.
+
+        Raises:
+            FaithDiffError: the models cannot be loaded, or a worker does not see the output folder.
+        """
+        for number in range(_ROUNDS):
+            folder = join(self._lists, str(number))
+            parts = list(_write_lists(folder, items()))
+            if not parts:
+                return
+            if number:
+                sys.stderr.write("some workers or machines were lost; their images are done again\n")
+            try:
+                yield from self._round(folder, parts)
+            finally:
+                remove_folder(join(self._out, LISTS))
+        yield from map(self._lost, items())
+
+    def _round(self, folder: str, parts: list[tuple[str, int]]) -> Iterator[Report]:
+        """One pass of Ray Data over lists of items. Those that kill their worker every time do not come back."""
+        from .ray_data import REPORT, ListedItems, RestoringActor
+
+        data = self._ray.data
+        source = data.read_datasource(ListedItems(parts), num_cpus=0, override_num_blocks=len(parts))
+        with warnings.catch_warnings():
+            # The number of repeats is among the options that Ray removes in 2.64; the extra `cluster` stays below.
+            warnings.simplefilter("ignore")
+            done = source.map_batches(
+                RestoringActor,
+                fn_constructor_args=(self._restoration, self._out, folder, self._overwrite),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=data.ActorPoolStrategy(size=self.size, max_tasks_in_flight_per_actor=2),
+                num_cpus=self.cpus,
+                num_gpus=self.gpus or None,
+                max_restarts=-1,
+                max_task_retries=_TASK_RETRIES,
+            )
+        for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch[REPORT].to_pylist():
+                yield _report(json.loads(text))
+
+    def _lost(self, item: Item) -> Report:
+        times = _ROUNDS * (_TASK_RETRIES + 1)
+        return Report(
+            {
+                "name": item.name,
+                "source": item.source,
+                "state": "failed",
+                "error": f"its worker died each of {times} times at most: it needs more memory than the machine has, "
+                f"or its decoder crashes",
+                "settings": self._restoration.digest,
+                "stamp": item.stamp,
+                "worker": "",
+                "seconds": 0.0,
+            }
+        )
+
+
+def _connect(workers: int | str) -> float:
+    """Start Ray on this machine, or connect to it; CPUs of a worker.
+
+    Raises:
+        SettingsError: there is no Ray to connect to.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    cpus = 1
+    if isinstance(workers, int):
+        every = os.cpu_count() or 1
+        cpus = max(1, every // workers)
+        options |= {"address": "local", "num_cpus": max(every, workers * cpus), "include_dashboard": False}
+    else:
+        options["address"] = workers.partition(":")[2] or "auto"
+        if options["address"].startswith("//"):
+            raise SettingsError(
+                f"--workers {workers}: Ray's client protocol is not supported. Run the command on a machine of the "
+                f"cluster, with --workers ray."
+            )
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(
+            f"--workers {workers}: no Ray cluster answers ({reason}). Start one with `ray start --head`."
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # lost workers are expected, and told of in our words
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1
+    context.target_max_block_size = 1  # a block for each image: no more than one is lost with a worker
+    return cpus
+
+
+def _write_lists(folder: str, items: Iterator[Item]) -> Iterator[tuple[str, int]]:
+    """Write items into files of a folder; their addresses and numbers of lines."""
+    for number in itertools.count():
+        if not (chunk := list(itertools.islice(items, _PART))):
+            return
+        address = join(folder, f"{number:06d}.jsonl")
+        write_lines(address, (json.dumps(asdict(item)) for item in chunk))
+        yield address, len(chunk)
+
+
+def _report(found: dict[str, Any]) -> Report:
+    if "fatal" in found:
+        raise (SettingsError if found["kind"] == "settings" else FaithDiffError)(found["fatal"])
+    return Report(found["row"], tuple(found["thumbnails"]))
