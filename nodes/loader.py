@@ -32,8 +32,9 @@ class FaithDiffModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "faithdiff_name",
                     options=faithdiff_files(),
-                    tooltip="FaithDiff.bin, the same as safetensors, or an `_adapter` file made by `convert`. Looked "
-                    "for in models/faithdiff, models/model_patches and models/diffusion_models.",
+                    tooltip="FaithDiff.bin, the same as safetensors, an `_adapter` file made by `convert`, or a "
+                    "`_faithdiff_lora` file (adapter and LoRA). Looked for in models/faithdiff, models/model_patches "
+                    "and models/diffusion_models.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -47,7 +48,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="Your own SDXL MODEL, with or without LoRAs. The alignment goes onto it. Needed with an "
-                    "`_adapter` file.",
+                    "`_adapter` or `_faithdiff_lora` file.",
                 ),
                 io.Float.Input(
                     "unet_strength",
@@ -58,7 +59,8 @@ class FaithDiffModelLoader(io.ComfyNode):
                     optional=True,
                     tooltip="With `model` connected: how far its U-Net is moved to FaithDiff's. 1 is FaithDiff's own "
                     "weights (most faithful), 0 leaves yours (your style; follows the image less). LoRAs keep their "
-                    "full strength. No effect without `model` or with an `_adapter` file.",
+                    "full strength. With a `_faithdiff_lora` file: the strength of its LoRA. No effect without `model` "
+                    "or with an `_adapter` file.",
                 ),
                 io.Model.Input(
                     "base_model",

@@ -19,6 +19,7 @@ from ..weights.marks import IN_WORDS
 _KINDS = {
     "full": "a full FaithDiff file (U-Net, LQ encoder and alignment)",
     "adapter": "a FaithDiff adapter (LQ encoder and alignment, without U-Net)",
+    "lora": "a FaithDiff adapter with a LoRA (for the U-Net of any SDXL checkpoint)",
     "unet": "a U-Net in diffusers' format",
     "partial": "a part of a FaithDiff file",
 }

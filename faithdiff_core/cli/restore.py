@@ -76,7 +76,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model", type=Path, required=True, help="SDXL checkpoint file, or a folder in diffusers' format"
     )
-    model.add_argument("--faithdiff", type=Path, required=True, metavar="FILE", help="FaithDiff.bin, or an adapter")
+    model.add_argument(
+        "--faithdiff",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="FaithDiff.bin, or an adapter, with or without a LoRA",
+    )
     model.add_argument("--unet", type=Path, metavar="FILE", help="FaithDiff's U-Net, where --faithdiff is an adapter")
     model.add_argument(
         "--config", type=Path, metavar="DIR", help="folder with tokenizers and configurations for a checkpoint file"

@@ -23,6 +23,7 @@ from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
 from ..weights.faithdiff_file import read_faithdiff
+from ..weights.lora_names import add_lora
 from .loading import (
     Offload,
     backbone_of_unet,
@@ -137,8 +138,8 @@ class FaithDiffPipeline(Stages):
         Args:
             model: a checkpoint of FaithDiff's backbone (SDXL for the published one) in a single file, or a folder in
                 diffusers' format.
-            faithdiff: a FaithDiff file. One with a U-Net replaces the checkpoint's; with an adapter alone, the
-                checkpoint's U-Net stays.
+            faithdiff: a FaithDiff file. One with a U-Net replaces the checkpoint's; a LoRA is added to it; with an
+                adapter alone, the checkpoint's U-Net stays.
             unet: FaithDiff's U-Net where it is a separate file, as `convert` writes it.
             config: for a single-file checkpoint, a folder in diffusers' format to take configuration and tokenizers
                 from. Defaults to the hub's of the backbone.
@@ -161,6 +162,11 @@ class FaithDiffPipeline(Stages):
         weights = read_faithdiff(faithdiff)
         weights.check_finite()
         unet_weights = weights
+        if unet is not None and weights.lora is not None:
+            raise SettingsError(
+                f"{weights.path.name} holds a LoRA for the checkpoint's U-Net, which {Path(unet).name} would replace. "
+                f"Give no U-Net, or an adapter without a LoRA."
+            )
         if unet is not None:
             unet_weights = read_faithdiff(unet)
             unet_weights.check_finite()
@@ -179,6 +185,13 @@ class FaithDiffPipeline(Stages):
         if own is None:
             own = prediction_of(model, base.scheduler, weights.backbone, config)
         base.scheduler = with_prediction(chosen, own)
+        if weights.lora is not None:
+            if own != Prediction(weights.prediction):
+                raise WeightsError(
+                    f"{Path(model).name} predicts something else than noise on SDXL's schedule, but the LoRA of "
+                    f"{weights.path.name} was made for noise. Give another checkpoint."
+                )
+            add_lora(base.unet.state_dict(), weights.lora.state, weights.path.name)
         return cls(base, lq_encoder, alignment, device=device, offload=offload)
 
     def load_lora(self, path: str | Path, weight: float = 1.0, adapter_name: str | None = None) -> None:

@@ -22,6 +22,7 @@ from ..models.alignment import LAYERS_PREFIX, Alignment, AlignmentConfig, from_p
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
 from ..models.shapes import Shape
 from .checkpoint_file import open_tensors
+from .lora_names import LORA_PREFIX, LoRASizes
 from .marks import IN_WORDS, PREDICTIONS, marked_backbone, marked_prediction
 from .messages import REDOWNLOAD, listing
 from .unet_names import DIFFUSERS_PREFIXES
@@ -37,7 +38,7 @@ IGNORED_PREFIXES = ("agg_net.",)
 """Left empty by the authors' training code."""
 
 
-_NAMES = {"unet": "U-Net", "lq_encoder": "LQ encoder", "alignment": "alignment"}
+_NAMES = {"unet": "U-Net", "lq_encoder": "LQ encoder", "alignment": "alignment", "lora": "LoRA"}
 """The parts in words."""
 
 Config = TypeVar("Config")
@@ -72,6 +73,7 @@ class FaithDiffWeights:
         metadata: the text entries of a safetensors file; empty for a pickle.
         backbone: the family that it is made for.
         marked: what its metadata say that its U-Net predicts; None if they say nothing.
+        lora: what FaithDiff's U-Net learned, for the U-Net of an SDXL checkpoint.
     """
 
     path: Path
@@ -81,6 +83,7 @@ class FaithDiffWeights:
     metadata: dict[str, str]
     backbone: Backbone = SDXL
     marked: str | None = None
+    lora: Part[LoRASizes] | None = None
 
     @property
     def prediction(self) -> str:
@@ -106,17 +109,22 @@ class FaithDiffWeights:
             "unet": self.unet,
             "lq_encoder": self.lq_encoder,
             "alignment": self.alignment,
+            "lora": self.lora,
         }
         return {name: part for name, part in named.items() if part is not None}
 
     @property
     def kind(self) -> str:
-        """`full` (U-Net and adapter), `adapter` (LQ encoder and alignment), `unet`, or `partial`."""
+        """`full` (U-Net and adapter), `adapter` (LQ encoder and alignment), `lora` (LoRA and adapter), `unet`, or
+        `partial`.
+        """
         names = set(self.parts)
         if names == {"unet", "lq_encoder", "alignment"}:
             return "full"
         if names == {"lq_encoder", "alignment"}:
             return "adapter"
+        if names == {"lora", "lq_encoder", "alignment"}:
+            return "lora"
         return "unet" if names == {"unet"} else "partial"
 
     def check_finite(self) -> None:
@@ -199,7 +207,8 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
     """Open a FaithDiff file.
 
     Takes the published `FaithDiff.bin`, the same tensors as safetensors, the `*_unet` and `*_adapter` files that
-    `convert` writes, and what training on any backbone gives. Every part is checked for missing and mis-shaped tensors.
+    `convert` writes, what training on any backbone gives, and the files with adapter and LoRA that
+    `extract-lora --adapter` writes. Every part is checked for missing and mis-shaped tensors.
 
     Args:
         path: the file.
@@ -228,13 +237,19 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
             f"{path.name}: the U-Net begins with {unet.config.block_out_channels[0]} channels, but the alignment is "
             f"made for {alignment.config.unet_channels}. The parts belong to different models. {REDOWNLOAD}"
         )
+    lora = _lora_part(path, states["lora"])
+    if unet and lora:
+        raise WeightsError(
+            f"{path.name} holds both a U-Net and a LoRA for one; it should hold one of them. {REDOWNLOAD}"
+        )
     shown, said = unet.config.backbone if unet else None, marked_backbone(path, metadata)
     if shown and said and shown is not said:
         raise WeightsError(
             f"{path.name} says that it is made for {said.name}, but its U-Net is one of {shown.name}. {REDOWNLOAD}"
         )
     backbone = shown or said or SDXL  # files without a mark are of the published kind
-    return FaithDiffWeights(path, unet, encoder, alignment, metadata, backbone, marked_prediction(path, metadata))
+    marked = marked_prediction(path, metadata)
+    return FaithDiffWeights(path, unet, encoder, alignment, metadata, backbone, marked, lora)
 
 
 def part_of(key: str) -> tuple[str, str] | None:
@@ -245,11 +260,13 @@ def part_of(key: str) -> tuple[str, str] | None:
         return "alignment", key
     if key.startswith(DIFFUSERS_PREFIXES):
         return "unet", key
+    if key.startswith(LORA_PREFIX):
+        return "lora", key
     return None
 
 
 def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {"unet": {}, "lq_encoder": {}, "alignment": {}}
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in _NAMES}
     other: list[str] = []
     for key, value in tensors.items():
         place = part_of(key)
@@ -345,6 +362,14 @@ def _part(
             f"{REDOWNLOAD}"
         )
     return Part(state, config)
+
+
+def _lora_part(path: Path, state: dict[str, Tensor]) -> Part[LoRASizes] | None:
+    """Read a LoRA's sizes; which U-Net it fits shows when it is added to one."""
+    if not state:
+        return None
+    _check_dtypes(path, "LoRA", state)
+    return Part(state, LoRASizes.from_state(state, path.name))
 
 
 def _check_dtypes(path: Path, name: str, state: Mapping[str, Tensor]) -> None:

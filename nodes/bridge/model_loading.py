@@ -27,6 +27,7 @@ from .alignment_patch import AlignmentPatch, set_patch
 from .checks import mask_of_images
 from .difference_patches import add_difference
 from .graph_types import AdapterModels, LQFeatures
+from .lora_patches import add_lora_patches
 from .prediction_type import check_mixable, take_published_sampling
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
@@ -92,11 +93,11 @@ def load_faithdiff(
     """Make the alignment-patched MODEL and its FAITHDIFF.
 
     Args:
-        path: a FaithDiff file, full or adapter.
+        path: a FaithDiff file: full, an adapter, or an adapter with a LoRA.
         weight_dtype: a key of `WEIGHT_DTYPES`.
         base: the user's own MODEL, or None for the file's U-Net.
         unet_strength: how far a base's U-Net is moved to the file's: 0 not at all, 1 fully; with `trained_from`, the
-            factor on the difference.
+            factor on the difference; with a LoRA in the file, its strength.
         trained_from: the MODEL that FaithDiff was trained from. With it, what FaithDiff learned is added to the base's
             U-Net instead.
 
@@ -127,6 +128,8 @@ def load_faithdiff(
                 check_mixable(model, "model", "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own).")
             take_published_sampling(model)
             _blend_unet(model, weights.path, weights.unet, unet_strength)
+        elif weights.lora is not None and unet_strength > 0.0:
+            add_lora_patches(model, weights.path, weights.lora, unet_strength)
     elif weights.unet is None:
         raise WeightsError(
             f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "
