@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
 from ..images.formats import left_out_note
 from ..images.geometry import check_positive
+from ..images.masks import find_masks
+from ..images.region import FEATHER
 from ..images.writing import WRITE_SUFFIXES
 from .jobs import Job, Report, attempt, find_jobs, left_out, possible
 
@@ -29,6 +32,8 @@ examples:
     python -m faithdiff_core restore scans/ -o restored/ --model realvis/ --faithdiff FaithDiff.bin
   an archive, with a manifest and two GPUs of this machine
     python -m faithdiff_core restore s3://scans/1912 -o s3://restored/1912 --workers 2 --model realvis/ --faithdiff ...
+  scratches or faces only: what is white in the mask
+    python -m faithdiff_core restore photo.png -o new.png --scale 1 --mask scratches.png --model ... --faithdiff ...
   four times as large, in two passes of two
     python -m faithdiff_core restore face.png -o face_4x.png --scale 4 --passes 2 --model ... --faithdiff ...
 """
@@ -61,6 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_worker_options(parser)
     add_size_options(parser)
     add_text_options(parser)
+    part = parser.add_argument_group("part of an image")
+    part.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="an image of the same shape, white where the image is restored; the rest stays as it is. For several "
+        "images, a folder with masks of the same names",
+    )
+    part.add_argument(
+        "--feather", type=int, default=FEATHER, metavar="PX", help=f"width of the soft edge around it ({FEATHER})"
+    )
     method = parser.add_argument_group("method")
     tiles = parser.add_argument_group("tiles")
     for name, what in described(RestoreSettings).items():
@@ -163,12 +179,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FaithDiffError: bad arguments, or a model that cannot be loaded.
     """
-    restoration = read_restoration(args)
+    if args.feather < 0:
+        raise SettingsError(f"--feather must be 0 or more, got {args.feather}.")
+    restoration = replace(read_restoration(args), feather=args.feather)
     if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output)):
+        if args.mask is not None:
+            raise SettingsError("--mask does not work with --workers or addresses; restore such images without them.")
         return _run_archive(args, restoration)
     if args.gpus_per_worker is not None:
         raise SettingsError("--gpus-per-worker needs --workers.")
     jobs = find_jobs(args.inputs, args.output, "." + args.format)
+    masks = {} if args.mask is None else find_masks([job.source for job in jobs], args.mask)
     todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
     report = Report(skipped=len(jobs) - len(todo))
     todo = possible(todo, report)
@@ -179,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         pipeline = restoration.files.load()
 
         def work(job: Job, progress: Progress) -> Sequence[str]:
-            return restoration.restore(pipeline, job.source, job.target, progress)
+            return restoration.restore(pipeline, job.source, job.target, progress, mask=masks.get(job.source))
 
         try:
             for number, job in enumerate(todo, start=1):

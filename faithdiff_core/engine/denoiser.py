@@ -44,6 +44,8 @@ class TiledDenoiser:
         device: where to compute.
         dtype: dtype of the U-Net.
         condition_budget: bytes of embedded conditions that may be kept across calls.
+        needed: where predictions are needed, (B or 1, 1, h, w), bool, on the CPU: tiles without any are not computed,
+            and the prediction is zero there. Defaults to everywhere.
         predictions: number of calls of the denoiser in a run, for the progress.
         progress: called as progress(done, total) after each U-Net call of the run; it may raise to cancel.
 
@@ -66,6 +68,7 @@ class TiledDenoiser:
         device: torch.device,
         dtype: torch.dtype,
         condition_budget: int,
+        needed: Tensor | None = None,
         predictions: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -89,7 +92,8 @@ class TiledDenoiser:
         self.sigma_of = sigma_of
         self.hook = AlignmentHook(alignment, settings.strength)
         self.embedder = ConditionEmbedder(alignment, condition_budget)
-        self._done, self._total = 0, predictions * -(-batch * len(self.grids[0]) // self.tile_batch)
+        self._needed = None if needed is None else needed.expand(batch, -1, -1, -1)
+        self._predictions, self._done = predictions, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict what the U-Net was trained to, noise or v; merging and guidance are linear in both.
@@ -104,7 +108,15 @@ class TiledDenoiser:
         sigma = self.sigma_of(t)
         grids = [grid.at(sigma) for grid in self.grids]
         self.embedder.keep_for(tuple(grid.starts for grid in grids), self.device)
-        places = [(image, grid.tiles[i]) for i in range(len(grids[0])) for image, grid in enumerate(grids)]
+        places = [
+            (image, grid.tiles[i])
+            for i in range(len(grids[0]))
+            for image, grid in enumerate(grids)
+            if self._needed is None or grid.tiles[i].crop(self._needed[image]).any()
+        ]
+        # Tiles that move may touch a mask in other numbers: what follows is taken to be like this prediction.
+        total = self._done + self._predictions * -(-len(places) // self.tile_batch)
+        self._predictions -= 1
         merged = torch.zeros_like(x, dtype=torch.float32)
         for first in range(0, len(places), self.tile_batch):
             group = places[first : first + self.tile_batch]
@@ -112,7 +124,7 @@ class TiledDenoiser:
                 grids[image].merge(merged[image], tile, prediction)
             self._done += 1
             if self.progress is not None:
-                self.progress(self._done, self._total)
+                self.progress(self._done, total)
         return merged
 
     def _predict(self, x: Tensor, t: Tensor, group: Sequence[Place]) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError, WeightsError
-from ..images.color import fix_colors
 from ..images.cutout import resize_cutout
 from ..images.geometry import crop_to, pad_to_multiple
+from ..images.region import FEATHER, around, at_latent_size, feathered, fix_and_composite, mask_for
 from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
@@ -242,6 +242,8 @@ class FaithDiffPipeline(Stages):
         negative_pooled_prompt_embeds: Tensor | None = None,
         noise: Tensor | None = None,
         alpha: Tensor | Sequence[Tensor] | None = None,
+        mask: Tensor | Sequence[Tensor] | None = None,
+        feather: int = FEATHER,
         **overrides: Any,
     ) -> Images:
         """Restore images.
@@ -259,6 +261,10 @@ class FaithDiffPipeline(Stages):
             noise: starting noise instead of the seeds', (B, 4, h, w) of the padded result; for a tensor and one pass.
             alpha: opacity of the images in [0, 1], (B, 1, H, W) or a list of (1, H, W). What lies under alpha 0 then
                 counts neither in resizing nor in colours; the results' own alpha is not part of what is returned.
+            mask: 1 where an image is restored and 0 where it stays, (B, 1, h, w) or a list of (1, h, w), of the images'
+                shape but any size. Tiles that it does not touch are not computed; what it leaves out is the enlarged
+                image, exactly.
+            feather: width in pixels of the soft edge that is added around a mask.
             **overrides: single settings by name (`scale=3`, `steps=30`), which replace those of `settings`.
 
         Returns:
@@ -275,6 +281,9 @@ class FaithDiffPipeline(Stages):
         opacities = None if alpha is None else list(alpha)
         if opacities is not None and [x.shape[-2:] for x in opacities] != [x.shape[-2:] for x in inputs]:
             raise SettingsError("alpha must have one row for each image, of the image's size.")
+        masks = None if mask is None else list(mask)
+        if masks is not None and len(masks) != count:
+            raise SettingsError(f"mask must have one row for each image, {count}, got {len(masks)}.")
         seeds = one_seed_each(seed, count)
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
@@ -303,7 +312,12 @@ class FaithDiffPipeline(Stages):
                 generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in group]
                 for height, width in settings.sizes(*batch.shape[-2:]):
                     batch, opacity = resize_cutout(batch, opacity, height, width)
-                    batch = self._pass(batch, text.select(group), settings, noise, generators, progress, opacity)
+                    region = None
+                    if masks is not None:
+                        rows = [mask_for(masks[i].unsqueeze(0).cpu(), height, width, 1) for i in group]
+                        region = feathered(torch.cat(rows), feather)
+                    given = (noise, generators, progress, opacity, region)
+                    batch = self._pass(batch, text.select(group), settings, *given)
                 for i, restored in zip(group, batch, strict=True):
                     results[i] = restored.to(inputs[i].device)
         finally:
@@ -319,8 +333,15 @@ class FaithDiffPipeline(Stages):
         generators: list[torch.Generator],
         progress: Progress | None,
         alpha: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU."""
+        """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU; `mask` is (B, 1, H, W)."""
+        latent_mask = needed = None
+        if mask is not None:
+            if not mask.any():
+                return enlarged
+            latent_mask = at_latent_size(mask)
+            needed = around(latent_mask, settings.tile)
         padded = pad_to_multiple(enlarged, VAE_SCALE_FACTOR) * 2 - 1
         batch, _, height, width = padded.shape
         shape = (self.base.unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
@@ -332,11 +353,21 @@ class FaithDiffPipeline(Stages):
             )
         features = None
         if settings.strength:
-            features = self.encode_lq(padded, settings.encoder_tile, settings.encoder_overlap, progress)
-        lq_latent = self.encode_latent(padded, settings.vae_tile) if settings.start == StartPoint.LR else None
+            tiles = (settings.encoder_tile, settings.encoder_overlap)
+            features = self.encode_lq(padded, *tiles, progress, needed)
+        lq_latent = None
+        if settings.start == StartPoint.LR or latent_mask is not None:
+            lq_latent = self.encode_latent(padded, settings.vae_tile)
         latent = self.sample(
-            features, text, noise, settings, lq_latent=lq_latent, generators=generators, progress=progress
+            features,
+            text,
+            noise,
+            settings,
+            lq_latent=lq_latent,
+            generators=generators,
+            mask=latent_mask,
+            progress=progress,
         )
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])
-        return fix_colors(restored, enlarged, settings.color_fix, alpha).clamp(0, 1)
+        return fix_and_composite(restored, enlarged, settings.color_fix, alpha, mask)

@@ -18,12 +18,16 @@ from ..captions.files import caption_beside
 from ..captions.trim import trim_caption
 from ..errors import ImageError
 from ..images.geometry import resize_lanczos, target_size
+from ..images.masks import load_mask
 from ..images.metadata import Metadata
 from ..images.reading import LoadedImage, load_image
+from ..images.region import FEATHER
 from ..images.writing import check_output, encode_image
 from .settings import RestoreSettings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .pipeline import FaithDiffPipeline
 
 METADATA_KEY = "faithdiff"
@@ -130,6 +134,7 @@ class Restoration:
         seed: the same for every image.
         metadata: keep EXIF, XMP and resolution of each image in its result.
         location: keep where the photograph was taken among them.
+        feather: width in pixels of the soft edge around a mask.
     """
 
     files: ModelFiles
@@ -142,6 +147,7 @@ class Restoration:
     seed: int = 0
     metadata: bool = True
     location: bool = True
+    feather: int = FEATHER
 
     def restore(
         self,
@@ -150,6 +156,7 @@ class Restoration:
         target: Path,
         progress: Progress | None = None,
         also_record: Mapping[str, Any] | None = None,
+        mask: Path | None = None,
     ) -> Sequence[str]:
         """Restore one file.
 
@@ -159,6 +166,7 @@ class Restoration:
             target: where the result goes; never there in part.
             progress: see `FaithDiffPipeline`.
             also_record: further entries of the metadata, as JSON has them.
+            mask: an image that is white where the file is restored. Defaults to all of it.
 
         Returns:
             Notes for the user about the image.
@@ -167,7 +175,11 @@ class Restoration:
             FaithDiffError: the image or its caption cannot be read, or the result cannot be written as the name says.
         """
         image = load_image(source)
-        made = self.make(pipeline, image, source.name, target, self.prompt_for(source), progress, also_record)
+        region = None if mask is None else load_mask(mask, source.name, *image.size)
+        if mask is not None:
+            also_record = {"mask": mask.name, "feather": self.feather, **(also_record or {})}
+        prompt = self.prompt_for(source)
+        made = self.make(pipeline, image, source.name, target, prompt, progress, also_record, region)
         write_atomically(target, made.content)
         return made.notes
 
@@ -180,6 +192,7 @@ class Restoration:
         prompt: str,
         progress: Progress | None = None,
         also_record: Mapping[str, Any] | None = None,
+        region: Tensor | None = None,
     ) -> Made:
         """Restore one image that has been read, without writing it.
 
@@ -191,6 +204,7 @@ class Restoration:
             prompt: from `prompt_for`.
             progress: see `FaithDiffPipeline`.
             also_record: further entries of the metadata, as JSON has them.
+            region: mask of what is restored, (1, h, w). Defaults to all of the image.
 
         Raises:
             FaithDiffError: the result cannot be made, or not in the format.
@@ -206,6 +220,8 @@ class Restoration:
                 seed=self.seed,
                 progress=progress,
                 alpha=None if image.alpha is None else image.alpha.unsqueeze(0),
+                mask=None if region is None else region.unsqueeze(0),
+                feather=self.feather,
             )
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):  # GroupNorm's, of small models

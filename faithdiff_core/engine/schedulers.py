@@ -130,19 +130,28 @@ def noise_level(scheduler: Any, t: Tensor) -> float:
     return math.exp(low + (at - below) * (high - low))
 
 
-def run_scheduler(scheduler: Any, denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, **extra: Any) -> Tensor:
+def run_scheduler(
+    scheduler: Any,
+    denoise: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    before_step: Callable[[Tensor, Any, int], Tensor] | None = None,
+    **extra: Any,
+) -> Tensor:
     """The sampling loop.
 
     Args:
         scheduler: its `set_timesteps` has been called.
         denoise: called as denoise(model input, t); predicts what the scheduler expects of a model.
         x: from `initial_latent`.
+        before_step: called as before_step(x, scheduler, number of the step); gives the x that the step begins with.
         **extra: further arguments of the scheduler's `step`, such as a generator.
 
     Returns:
         The sampled latent, of x's shape.
     """
-    for t in scheduler.timesteps:
+    for step, t in enumerate(scheduler.timesteps):
+        if before_step is not None:
+            x = before_step(x, scheduler, step)
         prediction = denoise(scheduler.scale_model_input(x, t), t)
         x = scheduler.step(prediction, t, x, **extra, return_dict=False)[0]
     return x

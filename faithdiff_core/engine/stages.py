@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
-from ..errors import NotFiniteError
+from ..errors import NotFiniteError, SettingsError
 from ..finite import is_finite
 from ..models.alignment import Alignment
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
 from .denoiser import TiledDenoiser
+from .kept import Kept
 from .latents import decode_latent, encode_latent
 from .loading import Offload
 from .schedulers import fresh_scheduler, initial_latent, noise_level, run_scheduler
@@ -93,18 +94,20 @@ class Stages:
         tile: int | None = ENCODER_TILE,
         overlap: float = ENCODER_OVERLAP,
         progress: Progress | None = None,
+        needed: Tensor | None = None,
     ) -> Tensor:
         """Features of low-quality images of the result's size.
 
         Args:
             pixels: RGB in [-1, 1], (B, 3, H, W), sides multiples of 8; features are kept on its device.
-            tile, overlap, progress: see `LQEncoder.encode` and `Progress`.
+            tile, overlap, progress, needed: see `LQEncoder.encode` and `Progress`.
 
         Returns:
             (B, C, H / 8, W / 8), on the device of `pixels`.
         """
         with self._on_device(self.lq_encoder):
-            return self.lq_encoder.encode(pixels, tile, overlap, _staged(progress, "encode"), device=self.device)
+            staged = _staged(progress, "encode")
+            return self.lq_encoder.encode(pixels, tile, overlap, staged, device=self.device, needed=needed)
 
     @torch.no_grad()
     def encode_latent(self, pixels: Tensor, tile: int | None = None) -> Tensor:
@@ -154,6 +157,7 @@ class Stages:
         *,
         lq_latent: Tensor | None = None,
         generators: list[torch.Generator] | None = None,
+        mask: Tensor | None = None,
         progress: Progress | None = None,
         **overrides: Any,
     ) -> Tensor:
@@ -168,8 +172,10 @@ class Stages:
             text: one row, or one for each image.
             noise: standard normal, (B, 4, h, w).
             settings: how to sample. Defaults to the published settings.
-            lq_latent: from `encode_latent`, for the start `lr`.
+            lq_latent: from `encode_latent`, for the start `lr` and with a mask.
             generators: one for each image, for schedulers that add noise on the way; moving tiles follow their seeds.
+            mask: above 0 where the latent is sampled, (B or 1, 1, h, w). Elsewhere the result is `lq_latent`, and tiles
+                that the mask does not touch are not computed.
             progress: called after each U-Net call.
             **overrides: single settings by name, which replace those of `settings`.
 
@@ -177,11 +183,13 @@ class Stages:
             (B, 4, h, w), float32, on the device that computes.
 
         Raises:
-            SettingsError: a setting out of range, or features, latents or text of other sizes.
+            SettingsError: a setting out of range, or features, latents, mask or text of other sizes.
             TypeError: an override that is not a setting.
             NotFiniteError: the U-Net overflows in half precision.
         """
         settings = (settings or RestoreSettings()).changed(**overrides)
+        if mask is not None and (lq_latent is None or mask.shape[-2:] != noise.shape[-2:]):
+            raise SettingsError("A mask needs `lq_latent`, and the size of the noise in latent units.")
         if settings.tile > self.backbone.tile:
             _say_tiles_are_large(self.backbone.name, self.backbone.tile)
         batch, _, height, width = noise.shape
@@ -202,6 +210,7 @@ class Stages:
             device=self.device,
             dtype=dtype,
             condition_budget=self.condition_budget,
+            needed=None if mask is None else (mask > 0).cpu(),
             predictions=len(scheduler.timesteps),
             progress=_staged(progress, "sample"),
         )
@@ -209,8 +218,13 @@ class Stages:
         lq_latent = None if lq_latent is None else lq_latent.to(self.device, torch.float32)
         x = initial_latent(scheduler, settings.start, noise, lq_latent)
         extra = self.base.prepare_extra_step_kwargs(generators, 0.0)
+        kept = None
+        if mask is not None and lq_latent is not None:
+            kept = Kept.of(scheduler, x, lq_latent, mask)
         with self._on_device(self.alignment), denoiser.hook.on(self.base.unet):
-            x = run_scheduler(scheduler, denoiser, x, **extra)
+            x = run_scheduler(scheduler, denoiser, x, None if kept is None else kept.put_back, **extra)
+        if kept is not None:
+            x = kept.finish(x)
         if not is_finite(x):
             raise NotFiniteError(f"Sampling gave values that are not finite in {dtype}; take bf16 or fp32.")
         return x

@@ -196,6 +196,22 @@ class TestRestore:
         assert _recipe(out / "a.png")["prompt"] == "A cat. It sleeps."
         assert _recipe(out / "b.png")["prompt"] == "a dog"
 
+    def test_a_mask(self, tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+        """White is restored; beyond the soft edge every pixel of the file stays."""
+        source, out = _image(tmp_path / "a.png", 48, 64), tmp_path / "out.png"
+        mask = Image.new("L", (32, 24), 0)
+        mask.paste(255, (0, 0, 8, 24))
+        mask.save(tmp_path / "mask.png")
+        words = ["restore", str(source), "-o", str(out), *model, "--scale", "1", "--mask", str(tmp_path / "mask.png")]
+        assert main([*words, "--feather", "8"]) == 0
+        before, after = np.asarray(Image.open(source)), np.asarray(Image.open(out))
+        assert (before[:, 28:] == after[:, 28:]).all()
+        assert (before[:, :12] != after[:, :12]).mean() > 0.5
+        assert (_recipe(out)["mask"], _recipe(out)["feather"]) == ("mask.png", 8)
+        Image.new("L", (32, 32), 255).save(tmp_path / "mask.png")
+        assert main([*words, "--overwrite"]) == 1
+        assert "The mask mask.png is 32 x 32, and a.png is 64 x 48: another shape" in capsys.readouterr().err
+
     def test_the_adapter_with_its_unet_is_the_whole_file(
         self, tmp_path: Path, tiny_sdxl: Path, golden: Golden, model: tuple[str, ...]
     ) -> None:
@@ -343,6 +359,8 @@ class TestBadArguments:
             (["--offload", "disk"], "argument --offload: invalid choice"),
             (["--format", "bmp"], "argument --format: invalid choice"),
             (["--trim-captions"], "--trim-captions needs --captions"),
+            (["--mask", "nowhere.png"], "There is no mask nowhere.png"),
+            (["--feather", "-1"], "--feather must be 0 or more, got -1"),
             (["--scheduler", "Nonsense"], "scheduler must be one of"),
             (["--unknown"], "unrecognized arguments: --unknown"),
         ],

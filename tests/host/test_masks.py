@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_host import Host
+from support.golden import Golden
 from support.host_sampling import GivenNoise, Setup, gaussian, images, load, relative
 from torch import Tensor
+
+from faithdiff_core.backbone import SDXL
+from faithdiff_core.engine import FaithDiffPipeline, TextConditioning
 
 HEIGHT, WIDTH, TILE = 104, 152, 64
 SIZE = (1, 4, HEIGHT // 8, WIDTH // 8)
@@ -112,6 +117,24 @@ def test_tiled_diffusion_in_two_runs(host: Host, setup: Setup, features: Any, ma
         "KSamplerAdvanced", latent_image=latent, return_with_leftover_noise="enable", **common, **advanced
     )[0]["samples"]
     assert relative(left[~inside], start[~inside]) > 0.1
+
+
+def test_the_node_is_the_engine(host: Host, setup: Setup, tiny_sdxl: Path, golden: Golden, mask: Tensor) -> None:
+    t = {name: golden.tensors[f"tiles_lr.{name}"] for name in ("lq_features", "noise", "lr_latent")}
+    text = TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
+    engine = FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
+    hard = torch.zeros(1, 1, *t["noise"].shape[-2:])
+    hard[..., :9, :7] = 1.0
+    settings: dict[str, Any] = {"steps": 3, "overlap": 0.5}
+    expected = engine.sample(
+        t["lq_features"], text, t["noise"], lq_latent=t["lr_latent"], mask=hard, tile=64, **settings
+    )
+    features = host.pack_module("nodes.bridge.graph_types").LQFeatures(t["lq_features"])
+    latent = {"samples": t["lr_latent"] / SDXL.vae_scaling_factor, "noise_mask": hard}
+    got = setup.restore(
+        features, noise=GivenNoise(t["noise"]), latent_image=latent, start_point="lr", tile_size=64, **settings
+    )
+    assert relative(got * SDXL.vae_scaling_factor, expected) < 1e-4
 
 
 def test_nothing_masked(setup: Setup, features: Any, start: Tensor) -> None:
