@@ -9,7 +9,7 @@ from uuid import UUID
 import torch
 from torch import Tensor
 
-from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
+from ...faithdiff_core.backbone import VAE_SCALE_FACTOR, Backbone
 from ...faithdiff_core.errors import SettingsError
 from ...faithdiff_core.tiling.grid import Tile
 from .graph_types import CONDITION_KEY, LQCondition
@@ -107,14 +107,19 @@ def _same(one: LQCondition, other: LQCondition) -> bool:
     return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
 
 
-def check_features(active: Active, x_in: Tensor) -> None:
-    """Check that LQ features and latents are of the same images, as far as sizes tell.
+def check_features(active: Active, x_in: Tensor, backbone: Backbone | None) -> None:
+    """Check that LQ features and latents are of the same images, as far as sizes tell, and for the MODEL's backbone.
 
     Raises:
-        SettingsError: they differ in size or number.
+        SettingsError: they differ in size or number, or come from an LQ encoder for another backbone.
     """
     for condition, _ in active.values():
         features = condition.features
+        if backbone is not None and features.backbone is not backbone:
+            raise SettingsError(
+                f"FaithDiff: the LQ features come from a FaithDiff file for {features.backbone.name}, but the MODEL is "
+                f"one of {backbone.name}. Take FAITHDIFF and MODEL from the same FaithDiff Model Loader."
+            )
         height, width = x_in.shape[-2:]
         if features.size != (height, width):
             raise SettingsError(size_mismatch(features.size, (height, width)))

@@ -16,6 +16,7 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...faithdiff_core.backbone import SDXL, Backbone
 from ...faithdiff_core.models.condition import ConditionEmbedder
 from .sampling_run import CallCondition
 
@@ -45,10 +46,12 @@ class AlignmentPatch:
 
     Args:
         alignment: patcher of an `Alignment`; ComfyUI loads it with the U-Net.
+        backbone: what it is made for.
     """
 
-    def __init__(self, alignment: ModelPatcher) -> None:
+    def __init__(self, alignment: ModelPatcher, backbone: Backbone = SDXL) -> None:
         self.alignment = alignment
+        self.backbone = backbone
         self._embedder = ConditionEmbedder(alignment.model, _cache_budget)
 
     def models(self) -> list[ModelPatcher]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import comfy.model_base
 import comfy.utils
 import torch
 
 from ...faithdiff_core.errors import WeightsError
-from ...faithdiff_core.weights.faithdiff_file import Part
+from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part
 from ...faithdiff_core.weights.merging import LEAST_SIMILARITY, cosine, sample_of
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
+from .backbones import check_backbone
 from .prediction_type import check_mixable
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ _REMEDY = "Without `base_model`, unet_strength 1 takes FaithDiff's U-Net as it i
 
 
 def add_difference(
-    model: ModelPatcher, base: ModelPatcher, path: Path, unet: Part[UNetConfig], strength: float
+    model: ModelPatcher, base: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetConfig], strength: float
 ) -> None:
     """Add what FaithDiff learned to a MODEL's U-Net, in place.
 
@@ -34,20 +33,17 @@ def add_difference(
     Args:
         model: the user's MODEL.
         base: the MODEL that FaithDiff was trained from.
-        path: FaithDiff's file.
+        weights: FaithDiff's file.
         unet: its U-Net.
         strength: factor on the difference.
 
     Raises:
         WeightsError: the three do not belong together.
     """
+    path, backbone = weights.path, weights.backbone
     for name, patcher in (("model", model), ("base_model", base)):
-        if not isinstance(patcher.model, comfy.model_base.SDXL):
-            raise WeightsError(
-                f"`{name}` is of type {type(patcher.model).__name__}, but FaithDiff works with SDXL. Connect an SDXL "
-                f"checkpoint."
-            )
-        check_mixable(patcher, name, _REMEDY)
+        check_backbone(patcher, name, path, backbone)
+        check_mixable(patcher, name, _REMEDY, weights.prediction)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     base_weights = base.get_key_patches(_PREFIX)
     own = model.model.state_dict().keys()
@@ -57,8 +53,8 @@ def add_difference(
         for owner, keys, patcher in (("model", own, model), ("base_model", base_weights.keys(), base)):
             if key not in keys or comfy.utils.get_attr(patcher.model, key).shape != weight.shape:
                 raise WeightsError(
-                    f"`{owner}` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no SDXL "
-                    f"model of the same build."
+                    f"`{owner}` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no "
+                    f"{backbone.name} model of the same build."
                 )
         patches[key] = (weight,)
     similarity = cosine(

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...faithdiff_core.backbone import SDXL, Backbone
+
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
@@ -27,11 +29,13 @@ class AdapterModels:
         name: the file's name, for messages.
         lq_encoder: patcher of an `LQEncoder`.
         alignment: patcher of an `Alignment`.
+        backbone: what the file is made for.
     """
 
     name: str
     lq_encoder: ModelPatcher
     alignment: ModelPatcher
+    backbone: Backbone = SDXL
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,10 +45,12 @@ class LQFeatures:
     Attributes:
         tensor: (B, C, h, w) on ComfyUI's intermediate device; h and w are the latent's.
         encoded: where they are complete, (h, w), bool, on the CPU, if a mask left out the rest; else None.
+        backbone: what the LQ encoder's file is made for.
     """
 
     tensor: Tensor
     encoded: Tensor | None = None
+    backbone: Backbone = SDXL
 
     @property
     def size(self) -> tuple[int, int]:

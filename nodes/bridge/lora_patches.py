@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.lora
@@ -10,29 +9,32 @@ import comfy.utils
 
 from ...faithdiff_core.errors import WeightsError
 from ...faithdiff_core.models.shapes import Shape
-from ...faithdiff_core.weights.faithdiff_file import Part
+from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part
 from ...faithdiff_core.weights.lora_names import BIAS_DIFFERENCE, LoRASizes, changed_shape
+from ...faithdiff_core.weights.marks import IN_WORDS
 from .prediction_type import check_mixable
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
-def add_lora_patches(model: ModelPatcher, path: Path, lora: Part[LoRASizes], strength: float) -> None:
+def add_lora_patches(model: ModelPatcher, weights: FaithDiffWeights, lora: Part[LoRASizes], strength: float) -> None:
     """Add a LoRA to a MODEL's U-Net, in place.
 
     ComfyUI leaves out tensors that fit nowhere, and only logs those of another shape: here both are errors.
 
     Args:
         model: the user's MODEL.
-        path: the LoRA's file.
+        weights: the LoRA's file.
         lora: its tensors.
         strength: factor on what it adds.
 
     Raises:
-        WeightsError: the MODEL predicts something else than noise, or has no weights that the LoRA fits.
+        WeightsError: the MODEL predicts something else than FaithDiff, or has no weights that the LoRA fits.
     """
-    check_mixable(model, "model", "Connect an SDXL checkpoint that predicts noise, or set unet_strength to 0.")
+    name, predicts = weights.backbone.name, IN_WORDS[weights.prediction]
+    remedy = f"Connect an {name} checkpoint that predicts {predicts}, or set unet_strength to 0."
+    check_mixable(model, "model", remedy, weights.prediction)
     places: dict[str, str] = comfy.lora.model_lora_keys_unet(model.model, {})
     own = model.model.state_dict().keys()
     found: dict[str, dict[str, Shape]] = {}
@@ -46,8 +48,9 @@ def add_lora_patches(model: ModelPatcher, path: Path, lora: Part[LoRASizes], str
         given = changed_shape(shapes)
         if target not in own or tuple(comfy.utils.get_attr(model.model, target).shape) != given:
             raise WeightsError(
-                f"`model` has no U-Net weight {target} of the shape {given} that the LoRA of {path.name} changes: it "
-                f"is no SDXL model of the same build. Connect an ordinary SDXL checkpoint, or set unet_strength to 0."
+                f"`model` has no U-Net weight {target} of the shape {given} that the LoRA of {weights.path.name} "
+                f"changes: it is no {name} model of the same build. Connect an ordinary {name} checkpoint, or set "
+                f"unet_strength to 0."
             )
     patches = comfy.lora.load_lora(dict(lora.state), places, log_missing=False)
     model.add_patches(patches, strength_patch=strength)

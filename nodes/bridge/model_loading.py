@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -24,11 +22,12 @@ from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
+from .backbones import check_backbone
 from .checks import mask_of_images
 from .difference_patches import add_difference
 from .graph_types import AdapterModels, LQFeatures
 from .lora_patches import add_lora_patches
-from .prediction_type import check_mixable, take_published_sampling
+from .prediction_type import check_mixable, take_sampling
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
@@ -60,11 +59,14 @@ def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Mo
     weights = read_faithdiff(path)
     if weights.unet is None:
         raise WeightsError(f"{weights.path.name} holds no U-Net.")
-    return _unet_model(weights.path, weights.unet, weight_dtype, disable_dynamic)
+    return _unet_model(weights, weights.unet, weight_dtype, disable_dynamic)
 
 
-def _unet_model(path: Path, unet: Part[UNetConfig], weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
+def _unet_model(
+    weights: FaithDiffWeights, unet: Part[UNetConfig], weight_dtype: str, disable_dynamic: bool = False
+) -> ModelPatcher:
     """A MODEL of a U-Net that has been read."""
+    path, prediction = weights.path, weights.prediction
     model_options: dict[str, Any] = {}
     dtype = WEIGHT_DTYPES[weight_dtype]
     if dtype is not None:
@@ -77,8 +79,9 @@ def _unet_model(path: Path, unet: Part[UNetConfig], weight_dtype: str, disable_d
     if model is None:
         raise WeightsError(
             f"{path.name}: ComfyUI does not know a U-Net of these sizes ({unet.config}); the published "
-            f"file has SDXL's. Connect an SDXL MODEL to `model`, or use the published file."
+            f"file has SDXL's. Connect an {weights.backbone.name} MODEL to `model`, or use the published file."
         )
+    take_sampling(model, weights.backbone, prediction)
     model.cached_patcher_init = (load_unet, (str(path), weight_dtype))
     return model
 
@@ -119,25 +122,26 @@ def load_faithdiff(
         )
     if base is not None:
         model = base.clone()
-        _check_base(model, weights.path, weights.alignment.config)
+        _check_base(model, weights, weights.alignment.config)
         if weights.unet is not None and trained_from is not None:
             if unet_strength > 0.0:
-                add_difference(model, trained_from, weights.path, weights.unet, unet_strength)
+                add_difference(model, trained_from, weights, weights.unet, unet_strength)
         elif weights.unet is not None and unet_strength > 0.0:
             if unet_strength < 1.0:
-                check_mixable(model, "model", "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own).")
-            take_published_sampling(model)
-            _blend_unet(model, weights.path, weights.unet, unet_strength)
+                remedy = "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own)."
+                check_mixable(model, "model", remedy, weights.prediction)
+            take_sampling(model, weights.backbone, weights.prediction)
+            _blend_unet(model, weights, weights.unet, unet_strength)
         elif weights.lora is not None and unet_strength > 0.0:
-            add_lora_patches(model, weights.path, weights.lora, unet_strength)
+            add_lora_patches(model, weights, weights.lora, unet_strength)
     elif weights.unet is None:
         raise WeightsError(
             f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "
             "the `_unet` file that `python -m faithdiff_core convert` writes, loaded with Load Diffusion Model, or an "
-            "SDXL checkpoint of your own. Or choose the full FaithDiff file."
+            f"{weights.backbone.name} checkpoint of your own. Or choose the full FaithDiff file."
         )
     else:
-        model = _unet_model(weights.path, weights.unet, weight_dtype)
+        model = _unet_model(weights, weights.unet, weight_dtype)
     return model, attach_alignment(model, weights, weight_dtype)
 
 
@@ -145,12 +149,12 @@ def attach_alignment(model: ModelPatcher, weights: FaithDiffWeights, weight_dtyp
     """Put the alignment onto a MODEL, in place, and make the FAITHDIFF that goes with it.
 
     Args:
-        model: an SDXL MODEL that the file's alignment was made for.
+        model: a MODEL that the file's alignment was made for.
         weights: a file with LQ encoder and alignment.
         weight_dtype: a key of `WEIGHT_DTYPES`.
     """
     faithdiff = _adapter(weights, weight_dtype, model)
-    set_patch(model, AlignmentPatch(faithdiff.alignment))
+    set_patch(model, AlignmentPatch(faithdiff.alignment, faithdiff.backbone))
     add_sampling_wrappers(model)
     return faithdiff
 
@@ -171,6 +175,7 @@ def _adapter(weights: FaithDiffWeights, weight_dtype: str, model: ModelPatcher) 
         name=weights.path.name,
         lq_encoder=_patcher(weights.build_lq_encoder(dtype, **place)),
         alignment=_patcher(weights.build_alignment(dtype, **place)),
+        backbone=weights.backbone,
     )
 
 
@@ -182,14 +187,10 @@ def _patcher(module: nn.Module) -> ModelPatcher:
     )
 
 
-def _check_base(model: ModelPatcher, path: Path, alignment: AlignmentConfig) -> None:
+def _check_base(model: ModelPatcher, weights: FaithDiffWeights, alignment: AlignmentConfig) -> None:
     """Refuse a MODEL that the alignment was not made for."""
-    kind = type(model.model).__name__
-    if not isinstance(model.model, comfy.model_base.SDXL):
-        raise WeightsError(
-            f"`model` is of type {kind}, but FaithDiff works with SDXL. Connect an SDXL checkpoint, or nothing to use "
-            "the U-Net of the FaithDiff file."
-        )
+    path, backbone = weights.path, weights.backbone
+    check_backbone(model, "model", path, backbone)
     config = model.model.model_config.unet_config
     if config["model_channels"] != alignment.unet_channels:
         raise WeightsError(
@@ -198,12 +199,12 @@ def _check_base(model: ModelPatcher, path: Path, alignment: AlignmentConfig) -> 
         )
     if config.get("in_channels", 4) != 4:
         raise WeightsError(
-            f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of SDXL), but "
-            "FaithDiff's U-Net takes 4. Connect an ordinary SDXL checkpoint."
+            f"`model` takes {config['in_channels']} channels (an inpainting or editing variant of {backbone.name}), "
+            f"but FaithDiff's U-Net takes 4. Connect an ordinary {backbone.name} checkpoint."
         )
 
 
-def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strength: float) -> None:
+def _blend_unet(model: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetConfig], strength: float) -> None:
     """Move a MODEL's U-Net towards FaithDiff's: (1 - strength) * own + strength * FaithDiff's, as weight patches.
 
     Patches act in order, and each scales what is there before it adds. Ours therefore go in front of LoRAs, which act
@@ -220,8 +221,9 @@ def _blend_unet(model: ModelPatcher, path: Path, unet: Part[UNetConfig], strengt
         key = UNET_KEY_PREFIX + names[name] if name in names else None
         if key is None or key not in own or comfy.utils.get_attr(model.model, key).shape != weight.shape:
             raise WeightsError(
-                f"`model` has no U-Net weight like {name} of {path.name} {tuple(weight.shape)}: it is no SDXL "
-                f"model of the same build. Connect an ordinary SDXL checkpoint, or set unet_strength to 0."
+                f"`model` has no U-Net weight like {name} of {weights.path.name} {tuple(weight.shape)}: it is no "
+                f"{weights.backbone.name} model of the same build. Connect an ordinary {weights.backbone.name} "
+                f"checkpoint, or set unet_strength to 0."
             )
         patches[key] = (weight,)
     earlier = {key: model.patches.pop(key) for key in patches if key in model.patches}
@@ -288,7 +290,7 @@ def encode_lq(
     features = patcher.model.encode(
         images, tile_size, overlap, work_progress(), device=patcher.load_device, dtype=dtype, needed=needed
     )
-    return LQFeatures(features.to(comfy.model_management.intermediate_device()), encoded)
+    return LQFeatures(features.to(comfy.model_management.intermediate_device()), encoded, faithdiff.backbone)
 
 
 def _encode_memory(height: int, width: int, dtype: torch.dtype) -> int:

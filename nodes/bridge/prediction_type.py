@@ -1,19 +1,22 @@
 """What a U-Net predicts, and on which noise schedule: properties of a MODEL that belong to its weights.
 
-FaithDiff's U-Net predicts noise on SDXL's schedule. Where its weights replace those of a MODEL that predicts v, has a
-schedule with zero terminal SNR, or is an EDM model, these properties must change with them; otherwise ComfyUI would
-read noise as something else, and the image would be mud.
+FaithDiff's U-Net predicts noise (a file for another backbone than SDXL may say v) on the schedule that all backbones
+share. Where its weights replace those of a MODEL that predicts something else, has a schedule with zero terminal SNR,
+or is an EDM model, these properties must change with them; otherwise ComfyUI would read noise as something else, and
+the image would be mud. It also guesses what a U-Net of SD 2.1 predicts, by its weights' spread, where a file says it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import comfy.latent_formats
 import comfy.model_sampling
 import torch
 
+from ...faithdiff_core.backbone import NOISE, Backbone, V
 from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.weights.marks import IN_WORDS
+from .backbones import LATENT_FORMATS
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -26,15 +29,23 @@ MAX_STEPS_OFF = 25
 
 
 class PublishedSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
-    """Noise prediction on SDXL's schedule: ComfyUI's defaults."""
+    """Noise prediction on the published schedule: ComfyUI's defaults."""
 
 
-def predicts_published_noise(sampling: Any) -> bool:
-    """Whether a sampling object reads a U-Net's output as noise on the published schedule.
+class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
+    """V-prediction on the published schedule."""
+
+
+SAMPLINGS = {NOISE: PublishedSampling, V: VSampling}
+"""How ComfyUI samples a U-Net by what it predicts."""
+
+
+def samples_as(sampling: Any, prediction: str) -> bool:
+    """Whether a sampling object reads a U-Net's output as noise, or as v, on the published schedule.
 
     Asked of its results and not of its class, so that those of other packs are known by what they do.
     """
-    published = PublishedSampling()
+    published = SAMPLINGS[prediction]()
     x, output = torch.tensor([[[[0.7]]]]), torch.tensor([[[[-0.4]]]])
     if abs(float(sampling.sigma_max) / float(published.sigma_max) - 1.0) > TOLERANCE:
         return False
@@ -53,6 +64,8 @@ def predicts_published_noise(sampling: Any) -> bool:
 
 def describe(sampling: Any) -> str:
     """What kind of model a sampling object is for, in words."""
+    if samples_as(sampling, NOISE):
+        return "a model that predicts noise"
     kinds = (
         ("EDM", "an EDM model"),
         ("V_PREDICTION", "a v-prediction model"),
@@ -65,28 +78,36 @@ def describe(sampling: Any) -> str:
     return f"a model of another kind ({type(sampling).__name__})"
 
 
-def check_mixable(model: ModelPatcher, name: str, remedy: str) -> None:
+def check_mixable(model: ModelPatcher, name: str, remedy: str, prediction: str = NOISE) -> None:
     """Refuse to mix the weights of U-Nets that predict different things.
 
     Args:
         model: the MODEL.
         name: of the input that it came by.
         remedy: what to do instead.
+        prediction: what FaithDiff's U-Net predicts.
 
     Raises:
         WeightsError: it predicts something else than FaithDiff's U-Net.
     """
     sampling = model.get_model_object("model_sampling")
-    if not predicts_published_noise(sampling):
+    if not samples_as(sampling, prediction):
         raise WeightsError(
-            f"`{name}` is {describe(sampling)}, but FaithDiff's U-Net predicts noise on SDXL's schedule: weights of "
-            f"the two cannot be mixed. {remedy}"
+            f"`{name}` is {describe(sampling)}, but FaithDiff's U-Net predicts {IN_WORDS[prediction]} on SDXL's "
+            f"schedule: weights of the two cannot be mixed. {remedy}"
         )
 
 
-def take_published_sampling(model: ModelPatcher) -> None:
-    """Make a MODEL, in place, sample as FaithDiff's weights need it; what does so already stays as it is."""
-    if not predicts_published_noise(model.get_model_object("model_sampling")):
-        model.add_object_patch("model_sampling", PublishedSampling())
-    if not isinstance(model.get_model_object("latent_format"), comfy.latent_formats.SDXL):
-        model.add_object_patch("latent_format", comfy.latent_formats.SDXL())
+def take_sampling(model: ModelPatcher, backbone: Backbone, prediction: str) -> None:
+    """Make a MODEL, in place, sample as FaithDiff's weights need it; what does so already stays as it is.
+
+    Args:
+        model: the MODEL.
+        backbone: its family.
+        prediction: what FaithDiff's U-Net predicts.
+    """
+    if not samples_as(model.get_model_object("model_sampling"), prediction):
+        model.add_object_patch("model_sampling", SAMPLINGS[prediction]())
+    latent_format = LATENT_FORMATS[backbone]
+    if not isinstance(model.get_model_object("latent_format"), latent_format):
+        model.add_object_patch("latent_format", latent_format())

@@ -175,7 +175,8 @@ def calc_cond_batch(
             f"FaithDiff: expected image latents of shape (batch, channels, height, width), got {tuple(x_in.shape)}. "
             f"Video models cannot be used."
         )
-    check_features(active, x_in)
+    patch = patch_among(options)
+    check_features(active, x_in, None if patch is None else patch.backbone)
     height, width = x_in.shape[-2:]
     copies_equal = not any(
         "control" in cond or "c_concat" in cond["model_conds"] for group in conds for cond in group or ()
@@ -187,7 +188,6 @@ def calc_cond_batch(
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
     grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
-    patch = patch_among(options)
     if patch is not None:
         patch.keep_for(grid, x_in.device)
     images = x_in.shape[0]

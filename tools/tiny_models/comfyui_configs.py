@@ -1,4 +1,4 @@
-"""U-Net and VAE configurations in ComfyUI's terms: SDXL's, and smaller ones of its kind."""
+"""U-Net and VAE configurations in ComfyUI's terms: SDXL's, and smaller ones of each backbone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ def unet_config(
     output_depths: Sequence[int],
     middle_depth: int,
     context_dim: int,
-    adm_in_channels: int,
+    adm_in_channels: int | None,
+    *,
+    linear: bool = True,
+    num_heads: int = -1,
 ) -> dict[str, Any]:
-    """A U-Net of SDXL's kind, as `comfy.supported_models.SDXL` takes it.
+    """A U-Net, as ComfyUI's supported models take it.
 
     Args:
         model_channels: channels of the finest level.
@@ -26,7 +29,9 @@ def unet_config(
         output_depths: the same for the output side.
         middle_depth: transformer blocks of the mid block.
         context_dim: width of the text embeddings.
-        adm_in_channels: width of the added conditions (y).
+        adm_in_channels: width of the added conditions (y); None for a U-Net without.
+        linear: whether transformers begin and end with linear layers.
+        num_heads: of every attention. Defaults to as many as have 64 channels each.
     """
     return {
         "image_size": 32,
@@ -38,16 +43,16 @@ def unet_config(
         "transformer_depth": list(depths),
         "transformer_depth_output": list(output_depths),
         "transformer_depth_middle": middle_depth,
-        "use_linear_in_transformer": True,
+        "use_linear_in_transformer": linear,
         "context_dim": context_dim,
         "adm_in_channels": adm_in_channels,
-        "num_classes": "sequential",
+        "num_classes": None if adm_in_channels is None else "sequential",
         "use_spatial_transformer": True,
         "legacy": False,
         "use_temporal_resblock": False,
         "use_temporal_attention": False,
-        "num_head_channels": 64,
-        "num_heads": -1,
+        "num_head_channels": 64 if num_heads == -1 else -1,
+        "num_heads": num_heads,
     }
 
 
@@ -82,8 +87,17 @@ REDUCED_UNET = unet_config(320, (1, 1, 1), 2, (0, 0, 2, 2, 10, 10), (0,) * 9, 1,
 GOLDEN_UNET = unet_config(32, (1, 2, 2), 1, (0, 1, 2), (0, 0, 1, 1, 2, 2), 2, 64, 1600)
 """The golden U-Net."""
 
+TINY_SD21_UNET = unet_config(64, (1, 2, 2, 2), 1, (1, 1, 1, 0), (1,) * 6 + (0, 0), 1, 64, None)
+TINY_SD15_UNET = unet_config(
+    32, (1, 2, 2, 2), 1, (1, 1, 1, 0), (1,) * 6 + (0, 0), 1, 48, None, linear=False, num_heads=8
+)
+"""The U-Nets of `backbones`."""
+
 SDXL_VAE = vae_config(128, (1, 2, 4, 4), 2)
 """SDXL's VAE."""
 
 GOLDEN_VAE = vae_config(32, (1, 1, 1, 1), 1)
 """The golden VAE."""
+
+TINY_SD_VAE = vae_config(32, (1, 1, 2, 2), 1)
+"""The VAE of `backbones`."""
