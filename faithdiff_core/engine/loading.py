@@ -116,10 +116,7 @@ def load_base(
         _check_backbone(path, _backbone_of_file(path), faithdiff)
     folder = path if path.is_dir() else _config_folder(config, backbone)
     _check_index(folder, faithdiff)
-    parts: dict[str, Any] = {}
-    if backbone.pipeline == "StableDiffusionPipeline":
-        # Parts that look at the results, which are no part of the method.
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts = without_checkers(backbone)
     if unet_state is not None:
         parts["unet"] = _build_unet(folder, unet_state, dtype, backbone)
     if vae is not None:
@@ -187,15 +184,34 @@ def _check_index(folder: Path, faithdiff: FaithDiffWeights) -> None:
             f"{folder} is not a model in diffusers' format: it has no model_index.json. Give the folder that holds it, "
             f"or a single-file checkpoint."
         )
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-    unet = folder / "unet" / "config.json"
-    if not unet.is_file() or not kind.startswith("StableDiffusion"):
+    found = backbone_of_folder(folder)
+    if found is None:
+        kind = _class_name(folder)
         raise WeightsError(
             f"{folder} holds a {kind or 'model of unknown kind'}; FaithDiff works on "
             f"{', '.join(backbone.name for backbone in BACKBONES)} alone, and {faithdiff.path.name} on "
             f"{faithdiff.backbone.name}."
         )
-    _check_backbone(folder, backbone_of_unet(json.loads(unet.read_text(encoding="utf-8"))), faithdiff)
+    _check_backbone(folder, found, faithdiff)
+
+
+def backbone_of_folder(folder: Path) -> Backbone | None:
+    """The family of a model in diffusers' format; None for one that FaithDiff does not work on."""
+    unet = folder / "unet" / "config.json"
+    if not unet.is_file() or not _class_name(folder).startswith("StableDiffusion"):
+        return None
+    return backbone_of_unet(json.loads(unet.read_text(encoding="utf-8")))
+
+
+def _class_name(folder: Path) -> str:
+    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", ""))
+
+
+def without_checkers(backbone: Backbone) -> dict[str, Any]:
+    """Arguments of a pipeline by which it has no parts that look at its results; they are no part of the method."""
+    if backbone.pipeline != "StableDiffusionPipeline":
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def backbone_of_unet(config: Mapping[str, Any]) -> Backbone:

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..backbone import BETA_END, BETA_START, TRAIN_STEPS
+from ..backbone import BETA_END, BETA_START, NOISE, TRAIN_STEPS
 from ..errors import SettingsError
 
 DEFAULT_STEPS = 20
@@ -30,6 +30,30 @@ class StartPoint(str, Enum):
 
     NOISE = "noise"
     """Noise alone."""
+
+
+def prediction_target(prediction: str, z: Tensor, noise: Tensor, abar: Tensor) -> Tensor:
+    """What a U-Net is to predict: the noise, or v = sqrt(abar) * noise - sqrt(1 - abar) * z (arXiv 2202.00512).
+
+    Args:
+        prediction: `epsilon` or `v_prediction`.
+        z: clean latents.
+        noise: of z's shape.
+        abar: of the timesteps, broadcast to z.
+    """
+    return noise if prediction == NOISE else abar.sqrt() * noise - (1 - abar).sqrt() * z
+
+
+def predicted_noise(prediction: str, output: Tensor, noisy: Tensor, abar: Tensor) -> Tensor:
+    """The noise by what a U-Net predicted: its output, or sqrt(abar) * v + sqrt(1 - abar) * noisy.
+
+    Args:
+        prediction: `epsilon` or `v_prediction`.
+        output: of the U-Net.
+        noisy: its input, sqrt(abar) * z + sqrt(1 - abar) * noise.
+        abar: of the timesteps, broadcast to the input.
+    """
+    return output if prediction == NOISE else abar.sqrt() * output + (1 - abar).sqrt() * noisy
 
 
 def leading_timesteps(steps: int) -> Tensor:

@@ -172,7 +172,8 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        base: an SDXL model as a diffusers folder (unet, vae, text encoders, tokenizers).
+        base: an SDXL, SD 2.1 or SD 1.5 model as a diffusers folder (unet, vae, text encoders, tokenizers). A U-Net that
+            predicts v, as its scheduler's configuration says, goes on to do so.
         output: folder for checkpoints, logs, samples and the finished files.
         data: the training images.
         init: a FaithDiff file to start from (full or adapter); without it, the LQ encoder is copied from the VAE's.

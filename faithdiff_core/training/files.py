@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import NotFiniteError
 from ..finite import is_finite
+from ..weights.marks import marks
 from .averages import AveragedWeights, full_precision
 from .checkpoints import saving
 from .config import TrainConfig
@@ -89,15 +90,18 @@ def write_files(
         original = {f"unet.{key}": value for key, value in base_unet_state(config.base, config.init).items()}
         state, averaged = (_with_original(weights, original) for weights in (state, averaged))
     dtype = COMPUTE_DTYPES[config.save_precision]
+    own_marks = marks(model.backbone, model.prediction)
     paths = []
     for suffix in _suffixes(config):
         weights = state if suffix.startswith("_raw") else averaged
         tensors = model.published(adapter_only=suffix.endswith("_adapter"), dtype=dtype, state=weights)
-        paths.append(_write(config.output / f"stage{stage}{suffix}.safetensors", tensors, config.save_precision))
+        path = config.output / f"stage{stage}{suffix}.safetensors"
+        paths.append(_write(path, tensors, config.save_precision, own_marks))
     if model.lora is not None and stage == 2:
         unet = {key.removeprefix("unet."): value for key, value in averaged.items() if key.startswith("unet.")}
         tensors = lora_state(unet, model.lora, dtype)
-        paths.append(_write(config.output / f"stage{stage}_lora.safetensors", tensors, config.save_precision))
+        path = config.output / f"stage{stage}_lora.safetensors"
+        paths.append(_write(path, tensors, config.save_precision, own_marks))
     return paths
 
 
@@ -106,7 +110,7 @@ def _with_original(state: dict[str, Tensor], original: dict[str, Tensor]) -> dic
     return {key: original.get(key.replace(".base_layer.", "."), value) for key, value in state.items()}
 
 
-def _write(path: Path, tensors: dict[str, Tensor], precision: str) -> Path:
+def _write(path: Path, tensors: dict[str, Tensor], precision: str, own_marks: dict[str, str]) -> Path:
     from safetensors.torch import save_file
 
     broken = first_not_finite(list(tensors.items()))
@@ -118,7 +122,7 @@ def _write(path: Path, tensors: dict[str, Tensor], precision: str) -> Path:
     unfinished = path.with_name(f".{path.name}.unfinished")
     with saving(path, sum(t.numel() * t.element_size() for t in tensors.values())):
         try:
-            save_file(tensors, str(unfinished), metadata={"format": "pt"})
+            save_file(tensors, str(unfinished), metadata={"format": "pt", **own_marks})
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)

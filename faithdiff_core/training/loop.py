@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..errors import FaithDiffError, ImageError, NotFiniteError, SaveError, SettingsError
-from ..sampling.schedule import alphas_cumprod
+from ..sampling.schedule import alphas_cumprod, prediction_target
 from .averages import AveragedWeights
 from .checkpoints import RunIdentity, TrainState, save_checkpoint, usable
 from .config import StageConfig, TrainConfig
@@ -298,7 +298,7 @@ class Run:
         return batch
 
     def _loss(self, batch: dict[str, Any]) -> Tensor:
-        """Mean absolute error on the noise (Algorithm 1)."""
+        """Mean absolute error on the noise (Algorithm 1), or on v for a U-Net that predicts it."""
         device = self.accelerator.device
         hq, lq, noise, posterior, steps = (
             batch[k].to(device, non_blocking=True) for k in ("hq", "lq", "noise", "posterior", "timestep")
@@ -307,15 +307,15 @@ class Run:
         context, pooled = self.frozen.encode_texts(batch["caption"], device)
         ids = batch["time_ids"].to(device)
         # Rows of the U-Net: the draws of the first image, then those of the second, and so on.
-        latents, context, pooled, ids = (
-            part.repeat_interleave(self.config.draws, dim=0) for part in (latents, context, pooled, ids)
-        )
+        latents, context, ids = (part.repeat_interleave(self.config.draws, dim=0) for part in (latents, context, ids))
+        if pooled is not None:
+            pooled = pooled.repeat_interleave(self.config.draws, dim=0)
         noise, steps = noise.flatten(0, 1), steps.flatten()
         abar = self.abar[steps].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         with self.accelerator.autocast():
             predicted = self.wrapped(noisy, steps, context, pooled, ids, lq)
-        return (predicted.float() - noise).abs().mean()
+        return (predicted.float() - prediction_target(self.model.prediction, latents, noise, abar)).abs().mean()
 
     # -- between steps --------------------------------------------------------------------------------------------
 
@@ -361,7 +361,13 @@ class Run:
         with weights:
             for index, (hq, lq) in enumerate(self.validation):
                 restored = sample(
-                    model, self.frozen, lq[None], self.config.validation.steps, self.config.seed, self.abar.device
+                    model,
+                    self.frozen,
+                    lq[None],
+                    self.config.validation.steps,
+                    self.config.seed,
+                    self.abar.device,
+                    self.model.prediction,
                 )[0].cpu()
                 scores.append(psnr(restored, hq))
                 if self.accelerator.is_main_process:

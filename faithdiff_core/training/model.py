@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbone import BACKBONES, NOISE, Backbone
 from ..engine.alignment_hook import AlignmentHook
+from ..engine.loading import backbone_of_folder, backbone_of_unet, without_checkers
+from ..engine.prediction import prediction_of
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 from ..models.alignment import Alignment, AlignmentConfig, to_published
 from ..models.lq_encoder import LQEncoder, LQEncoderConfig
@@ -28,15 +31,20 @@ class TrainableModel(nn.Module):
     """Everything that learns, as one module, so that any wrapper of distributed training sees one forward pass.
 
     Args:
-        unet: a diffusers U-Net with SDXL's architecture.
+        unet: a diffusers U-Net of one of the backbones.
         lq_encoder: reads the low-quality image.
         alignment: unfolded, joins the two.
+        prediction: what the U-Net predicts, `epsilon` (noise) or `v_prediction`.
+
+    Attributes:
+        backbone: the U-Net's family.
     """
 
     unet: Any
 
-    def __init__(self, unet: nn.Module, lq_encoder: LQEncoder, alignment: Alignment) -> None:
+    def __init__(self, unet: Any, lq_encoder: LQEncoder, alignment: Alignment, prediction: str = NOISE) -> None:
         super().__init__()
+        self.backbone, self.prediction = backbone_of_unet(unet.config), prediction
         if alignment.folded:
             raise SettingsError("Training needs an alignment built with folded=False.")
         self.unet, self.lq_encoder, self.alignment = unet, lq_encoder, alignment
@@ -44,16 +52,22 @@ class TrainableModel(nn.Module):
         self.frozen_dtype = torch.float32
 
     def forward(
-        self, noisy: Tensor, timesteps: Tensor, context: Tensor, pooled: Tensor, time_ids: Tensor, lq: Tensor | None
+        self,
+        noisy: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        pooled: Tensor | None,
+        time_ids: Tensor,
+        lq: Tensor | None,
     ) -> Tensor:
-        """Predict the noise.
+        """Predict the noise, or v.
 
         Args:
             noisy: latents with noise, scaled to unit variance as the U-Net takes them, (B, 4, h, w).
             timesteps: (B,), 0 to 999.
             context: text embeddings, (B, tokens, cross_attention_dim).
-            pooled: pooled text embeddings, (B, width).
-            time_ids: SDXL's six numbers on size and crop, (B, 6).
+            pooled: pooled text embeddings, (B, width); None for a backbone that takes none.
+            time_ids: SDXL's six numbers on size and crop, (B, 6), which other backbones do not look at.
             lq: low-quality images in [-1, 1], (B, 3, 8 h, 8 w), or one for every few rows of the others; None leaves
                 the alignment out.
 
@@ -62,19 +76,17 @@ class TrainableModel(nn.Module):
         """
         dtype = self.alignment.condition_embedding.conv_in.weight.dtype
         if dtype != torch.float32:  # DeepSpeed turns parameters into half precision, and autocasts nothing
-            noisy, context, pooled = (part.to(dtype) for part in (noisy, context, pooled))
-            lq = None if lq is None else lq.to(dtype)
+            noisy, context = noisy.to(dtype), context.to(dtype)
+            pooled, lq = (None if part is None else part.to(dtype) for part in (pooled, lq))
         hook = AlignmentHook(self.alignment, strength=0.0 if lq is None else 1.0)
+        added: dict[str, Any] = {}
+        if self.backbone.size_conditioning:
+            added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids}}
         with hook.on(self.unet):
             if lq is not None:
                 condition = self.alignment.embed(self.lq_encoder(lq))
                 hook.condition = condition.repeat_interleave(len(noisy) // len(lq), dim=0)
-            predicted: Tensor = self.unet(
-                noisy,
-                timesteps,
-                encoder_hidden_states=context,
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-            ).sample
+            predicted: Tensor = self.unet(noisy, timesteps, encoder_hidden_states=context, **added).sample
         return predicted
 
     def enable_gradient_checkpointing(self) -> None:
@@ -163,7 +175,8 @@ def merged_unet_state(state: Mapping[str, Tensor], lora: LoraConfig | None) -> d
         if lora is not None and key.endswith(LORA_DOWN):
             layer = key.removesuffix(LORA_DOWN)
             weight = merged[f"{layer}.weight"]
-            update = (state[layer + LORA_UP].float() @ down.float()) * (lora.alpha / lora.rank)
+            # Of a convolution, the second matrix is 1 x 1, so their product is the first with other channels.
+            update = (state[layer + LORA_UP].float().flatten(1) @ down.float().flatten(1)) * (lora.alpha / lora.rank)
             merged[f"{layer}.weight"] = (weight.float() + update.view(weight.shape)).to(down.dtype)
     return merged
 
@@ -219,7 +232,7 @@ def lq_encoder_from_vae(vae_state: Mapping[str, Tensor]) -> LQEncoder:
         vae_state: a diffusers VAE's state dict.
 
     Raises:
-        WeightsError: it is not a VAE of SDXL's architecture.
+        WeightsError: it is not a VAE of SDXL's architecture, which SD 2.1's and SD 1.5's have, too.
     """
     prefix = "encoder."
     state = {
@@ -261,7 +274,7 @@ class FrozenModels:
     """The parts of the base model that never learn.
 
     Attributes:
-        pipeline: a diffusers SDXL pipeline, for its text encoders.
+        pipeline: a diffusers pipeline of the backbone, for its text encoders.
         vae: its VAE.
     """
 
@@ -269,16 +282,22 @@ class FrozenModels:
     vae: Any
 
     def __post_init__(self) -> None:
-        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
-        for module in (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+        self._texts: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for module in (self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """All that the backbone has."""
+        found = (getattr(self.pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        return [module for module in found if module is not None]
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         """Move everything to a device and into a precision.
 
         A VAE that overflows in fp16, as its configuration says (`force_upcast`), stays in float32 there.
         """
-        for module in (self.pipeline.text_encoder, self.pipeline.text_encoder_2):
+        for module in self.text_encoders:
             module.to(device, dtype)
         overflows = dtype == torch.float16 and self.vae.config.get("force_upcast", True)
         self.vae.to(device, torch.float32 if overflows else dtype)
@@ -286,7 +305,7 @@ class FrozenModels:
     @property
     def bytes(self) -> int:
         """Memory of all weights."""
-        modules = (self.vae, self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        modules = (self.vae, *self.text_encoders)
         return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
     @property
@@ -316,64 +335,94 @@ class FrozenModels:
         return self.vae.decode(latents).sample.float().clamp(-1, 1)
 
     @torch.no_grad()
-    def encode_texts(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Text embeddings and pooled embeddings of captions, (B, tokens, dim) and (B, width)."""
+    def encode_texts(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Text embeddings of captions, (B, tokens, dim), and pooled ones, (B, width), where the backbone takes them."""
         fresh = dict(self._texts)
         for caption in dict.fromkeys(captions):
             # One by one: in a batch, the last digits would depend on what else is in it, and so on where a run was
             # resumed.
             if caption not in fresh:
-                context, _, pooled, _ = self.pipeline.encode_prompt(
+                encoded = self.pipeline.encode_prompt(
                     caption, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
                 )
-                fresh[caption] = (context[0].float().cpu(), pooled[0].float().cpu())
+                context, _, pooled = (*encoded, None)[:3]
+                fresh[caption] = (context[0].float().cpu(), None if pooled is None else pooled[0].float().cpu())
         if len(fresh) <= CAPTIONS_KEPT:
             self._texts = fresh
-        pairs = [fresh[c] for c in captions]
-        return torch.stack([p[0] for p in pairs]).to(device), torch.stack([p[1] for p in pairs]).to(device)
+        contexts = torch.stack([fresh[c][0] for c in captions]).to(device)
+        pooled_rows = [row for c in captions if (row := fresh[c][1]) is not None]
+        return contexts, torch.stack(pooled_rows).to(device) if pooled_rows else None
 
 
 def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenModels]:
     """Read the base model and what training starts from.
 
     Args:
-        base: an SDXL model as a diffusers folder.
+        base: a model of a known backbone as a diffusers folder.
         init: a FaithDiff file to start from, or None for the start of Algorithm 1.
 
     Raises:
         MissingPackageError: diffusers or transformers are not installed.
-        WeightsError: the folder or the file is not what it should be.
+        WeightsError: the folder or the file is not what it should be, or they are of different backbones.
     """
     try:
-        from diffusers import StableDiffusionXLPipeline
+        import diffusers
     except ImportError as error:
         raise MissingPackageError(f"Training needs diffusers and transformers; {install_extra('train')}.") from error
     if not (base / "model_index.json").is_file():
         raise WeightsError(
-            f"{base} is not a diffusers folder (it has no model_index.json). Give the folder of an SDXL model."
+            f"{base} is not a diffusers folder (it has no model_index.json). Give the folder of an SDXL model, or of "
+            f"one of SD 2.1 or SD 1.5."
+        )
+    backbone = backbone_of_folder(base)
+    if backbone is None:
+        raise WeightsError(
+            f"{base} holds a model that FaithDiff does not work on. Give one of "
+            f"{', '.join(known.name for known in BACKBONES)}."
         )
     try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(base), torch_dtype=torch.float32, local_files_only=True
+        pipeline = getattr(diffusers, backbone.pipeline).from_pretrained(
+            str(base), torch_dtype=torch.float32, local_files_only=True, **without_checkers(backbone)
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{base} cannot be loaded as an SDXL model: {error}") from error
+        raise WeightsError(f"{base} cannot be loaded as an {backbone.name} model: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     lq_encoder = lq_encoder_from_vae(pipeline.vae.state_dict())
     unet = pipeline.unet
     alignment = new_alignment(lq_encoder.config.feature_channels, unet.config.block_out_channels[0])
+    prediction: str | None = None
     if init is not None:
         weights = read_faithdiff(init)
         weights.check_finite()
+        if weights.backbone is not backbone:
+            raise WeightsError(
+                f"{init} is made for {weights.backbone.name}, but {base} is a model of {backbone.name}. Give `base` "
+                f"and `init` of the same kind."
+            )
         lq_encoder = weights.build_lq_encoder(torch.float32)
         alignment = weights.build_alignment(torch.float32, folded=False)
         if weights.unet is not None:
+            prediction = weights.prediction
             try:
                 unet.load_state_dict(weights.unet.state)
             except RuntimeError as error:
                 raise WeightsError(f"{init}: its U-Net does not fit the one in {base}: {error}") from error
+    if prediction is None:
+        prediction = _prediction_of_base(base, pipeline.scheduler, backbone)
     pipeline.unet = None
-    return TrainableModel(unet.train(), lq_encoder.train(), alignment.train()), FrozenModels(pipeline, pipeline.vae)
+    model = TrainableModel(unet.train(), lq_encoder.train(), alignment.train(), prediction)
+    return model, FrozenModels(pipeline, pipeline.vae)
+
+
+def _prediction_of_base(base: Path, scheduler: Any, backbone: Backbone) -> str:
+    """What the base's own U-Net predicts, which is what training goes on with."""
+    found = prediction_of(base, scheduler, backbone)
+    if found.zero_snr:
+        raise WeightsError(
+            f"The noise schedule of {base} ends in pure noise (rescale_betas_zero_snr), which training does not "
+            f"support. Give a model with the usual schedule."
+        )
+    return found.type
 
 
 def base_unet_state(base: Path, init: Path | None) -> dict[str, Tensor]:

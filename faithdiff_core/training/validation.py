@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..sampling.schedule import leading_timesteps, sampling_sigmas
+from ..backbone import NOISE
+from ..sampling.schedule import leading_timesteps, predicted_noise, sampling_sigmas
 from .degradation import to_image
 from .model import FrozenModels, TrainableModel, time_ids
 
@@ -17,7 +18,13 @@ SAMPLES = "samples"
 
 @torch.no_grad()
 def sample(
-    model: TrainableModel, frozen: FrozenModels, lq: Tensor, steps: int, seed: int, device: torch.device
+    model: TrainableModel,
+    frozen: FrozenModels,
+    lq: Tensor,
+    steps: int,
+    seed: int,
+    device: torch.device,
+    prediction: str = NOISE,
 ) -> Tensor:
     """Restore images in one piece with Euler steps from noise, without guidance and with the empty caption.
 
@@ -28,6 +35,7 @@ def sample(
         steps: Euler steps.
         seed: of the noise.
         device: where to compute.
+        prediction: what the model predicts.
 
     Returns:
         (B, 3, H, W) in [-1, 1].
@@ -40,8 +48,10 @@ def sample(
     context, pooled = frozen.encode_texts([""] * batch, device)
     ids = time_ids(batch, lq.shape[2], device)
     for index, timestep in enumerate(leading_timesteps(steps)):
-        scaled = x / (sigmas[index] ** 2 + 1) ** 0.5
-        noise = model(scaled, timestep.expand(batch).to(device), context, pooled, ids, lq)
+        abar = 1 / (sigmas[index] ** 2 + 1)
+        scaled = x * abar.sqrt()
+        output = model(scaled, timestep.expand(batch).to(device), context, pooled, ids, lq)
+        noise = predicted_noise(prediction, output, scaled, abar)
         x = x + (sigmas[index + 1] - sigmas[index]) * noise
     return frozen.decode(x)
 
