@@ -150,6 +150,11 @@ def _adapter_reader(path: str | Path) -> TensorReader:
             f"{weights.path.name} holds only {', '.join(sorted(weights.parts))}; the LQ encoder and the alignment are "
             f"needed. Give FaithDiff.bin, or the `_adapter` file."
         )
+    if weights.backbone is not SDXL:
+        raise WeightsError(
+            f"{weights.path.name} is made for {weights.backbone.name}, but LoRAs are extracted for SDXL. Give an "
+            f"adapter for SDXL."
+        )
     weights.check_finite()
     return TensorReader(weights.path)
 

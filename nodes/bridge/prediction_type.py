@@ -36,7 +36,7 @@ class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling
     """V-prediction on the published schedule."""
 
 
-SAMPLINGS = {NOISE: PublishedSampling, V: VSampling}
+SAMPLINGS: dict[str, Any] = {NOISE: PublishedSampling, V: VSampling}
 """How ComfyUI samples a U-Net by what it predicts."""
 
 

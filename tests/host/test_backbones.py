@@ -109,13 +109,13 @@ def test_the_hosts_images_are_the_engines(host: Host, model: Loaded) -> None:
             0
         ]
         assert float((decoded.movedim(-1, 1) - engine.decode(expected, 128)).abs().max()) < 1e-3
-    # What came last, by SamplerCustomAdvanced: the noise start, so that nothing is added to the latent.
+    # With a stock sampler, which is given the finished start and no noise.
     conds = setup.conditioned(features)
     sigmas = sampling_sigmas(3)
     guider = setup.cfg_guider(setup.tiled(setup.model, 128, 0.25), *conds, 3.0)
     zeros = torch.zeros_like(noise)
-    start = noise * (sigmas[0] ** 2 + 1) ** 0.5
-    got = setup.guided(guider, zeros, {"samples": start / 0.18215}, sigmas)
+    x = noise * (sigmas[0] ** 2 + 1) ** 0.5
+    got = setup.guided(guider, zeros, {"samples": x / 0.18215}, sigmas)
     expected = engine.sample(lq_features, text, noise, start="noise", tile=128, steps=3, cfg=3.0, overlap=0.25)
     assert relative(got * 0.18215, expected) < 1e-4
 
