@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import uuid
 from pathlib import Path
+
+TEMPORARY = ".faithdiff-"
+"""How the temporary names begin."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,7 +23,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: the disk is full, or the folder or the file cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".faithdiff-{os.getpid()}.part")
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:16]}.part")  # others may write here, from other machines
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

@@ -19,7 +19,7 @@ from ..images.names import folder_problem, real_path
 from ..images.writing import WRITE_SUFFIXES
 from .manifest import MANIFEST, PARTS, THUMBNAILS, Row, RowLog
 from .progress import RunProgress
-from .storage import Entry, as_address, find, is_folder, is_url, join, stamp_of, walk
+from .storage import Entry, as_address, find, is_folder, is_leftover, is_url, join, remove, stamp_of, walk
 from .summary import MOST_ROWS, write_summary
 from .work_list import Item, WorkList
 from .worker import Report, Worker
@@ -114,13 +114,21 @@ class Archive:
             raise ImageError(f"Results cannot be written: {problem}")
         work.add_rows(cast("Iterator[Row]", manifest.rows()))
         if is_folder(self.out):
-            work.add_results(entry.name for entry in walk(self.out))
+            work.add_results(self._results())
         if not self.overwrite:
             work.mark_finished(self.restoration.digest)
             if (number := work.outdated()) and not self.quiet:
                 sys.stderr.write(f"{number} result(s) were made with other settings or of other images; done again\n")
         if note := left_out_note(map(Path, others.elements())):
             sys.stderr.write(note + "\n")
+
+    def _results(self) -> Iterator[str]:
+        """Names of the files in the output folder; what a killed process was writing is removed."""
+        for entry in walk(self.out):
+            if is_leftover(entry.name):
+                remove(entry.address)
+            else:
+                yield entry.name
 
     def _work(self, work: WorkList, manifest: RowLog, small: RowLog, reports: Reports) -> Outcome:
         total, todo = work.counts()

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ..atomic import write_atomically
+from ..atomic import TEMPORARY, write_atomically
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
 from ..images.formats import MAX_BYTES, read_content
 from ..images.names import real_path
@@ -122,7 +122,7 @@ def write(address: str, content: bytes) -> None:
         _again(lambda: files.pipe_file(path, content))
         return
     folder = path.rpartition("/")[0]
-    temporary = f"{folder}/.faithdiff-{uuid.uuid4().hex[:12]}.part"
+    temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:16]}.part"
 
     def put() -> None:
         files.makedirs(folder, exist_ok=True)
@@ -145,7 +145,7 @@ def write_lines(address: str, lines: Iterable[str]) -> None:
     """
     encoded = (line.encode("utf-8", "surrogateescape") + b"\n" for line in lines)
     if not is_url(address):
-        temporary = Path(address).with_name(f".faithdiff-{os.getpid()}-lines.part")
+        temporary = Path(address).with_name(f"{TEMPORARY}{uuid.uuid4().hex[:16]}.part")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -157,7 +157,7 @@ def write_lines(address: str, lines: Iterable[str]) -> None:
     files, path = _opened(address)
     folder = path.rpartition("/")[0]
     whole = bool(_WHOLE_OBJECTS & set(_protocols(files)))
-    target = path if whole else f"{folder}/.faithdiff-{uuid.uuid4().hex[:12]}.part"
+    target = path if whole else f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:16]}.part"
     if not whole:
         files.makedirs(folder, exist_ok=True)
     with files.open(target, "wb") as file:
@@ -202,6 +202,12 @@ def remove_folder(address: str) -> None:
     files, path = _opened(address)
     if files.exists(path):
         files.rm(path, recursive=True)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file has a name under which a killed process was writing."""
+    name = name.rsplit("/", 1)[-1]
+    return name.startswith(TEMPORARY) and name.endswith(".part")
 
 
 def is_folder(address: str) -> bool:

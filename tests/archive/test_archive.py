@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from support.archive import files, rows
 from support.blocked import run_without
 
 from faithdiff_core.archive.manifest import RowLog
@@ -64,19 +64,6 @@ def _png(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Images below a folder with their bytes."""
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.endswith((".jsonl", ".html"))}
-
-
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    """The manifest's rows by name."""
-    found = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]
-    assert len({row["name"] for row in found}) == len(found)
-    return {row["name"]: row for row in found}
 
 
 def test_the_ordinary_commands_files_and_nothing_twice(
