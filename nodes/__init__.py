@@ -10,6 +10,7 @@ from .caption import FaithDiffCaption
 from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
 from .demo_models import FaithDiffDemoModels
+from .extract_lora import FaithDiffExtractLoRA
 from .loader import FaithDiffModelLoader
 from .lq_encode import FaithDiffLQEncode
 from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
@@ -39,4 +40,5 @@ class FaithDiffExtension(ComfyExtension):
             FaithDiffCaption,
             FaithDiffCompare,
             FaithDiffDemoModels,
+            FaithDiffExtractLoRA,
         ]

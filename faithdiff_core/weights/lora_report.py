@@ -13,7 +13,6 @@ from typing import Any
 from ..atomic import write_atomically
 from ..errors import MissingPackageError
 from ..models.shapes import Shape
-from .messages import gigabytes
 
 _KINDS = (
     (".attn1.", "self-attention"),
@@ -151,8 +150,8 @@ class ExtractionReport:
                     *(f"{error:.4f}" for error in (*errors, own)),
                 ]
             )
-        sizes = [gigabytes(self.size(rank)) for rank in self.ranks]
-        rows.append(["file", "", *sizes, gigabytes(self.path.stat().st_size)])
+        sizes = [megabytes(self.size(rank)) for rank in self.ranks]
+        rows.append(["file", "", *sizes, megabytes(self.path.stat().st_size)])
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
         kept = "are in the file as they are" if self.differences else "are not in the file"
@@ -201,7 +200,7 @@ class ExtractionReport:
                 bold = name == "all"
                 axis.plot(self.ranks, errors, marker="o", linewidth=3 if bold else 1.2, label=name)
         axis.set_xscale("log", base=2)
-        axis.set_xticks(list(self.ranks), [f"{rank}\n{gigabytes(self.size(rank))}" for rank in self.ranks])
+        axis.set_xticks(list(self.ranks), [f"{rank}\n{megabytes(self.size(rank))}" for rank in self.ranks])
         axis.set_xlabel("rank, and size of the file")
         axis.set_ylabel("relative error of the difference")
         axis.set_ylim(bottom=0)
@@ -222,6 +221,11 @@ def relative_error(layers: Sequence[LayerReport], rank: int | None = None) -> fl
     whole = sum(layer.energy for layer in layers)
     left = sum(layer.residual if rank is None else layer.residual_at(rank) for layer in layers)
     return (left / whole) ** 0.5 if whole else 0.0
+
+
+def megabytes(size: int) -> str:
+    """A number of bytes for people, in MB."""
+    return f"{size / 1e6:,.0f} MB" if size >= 10**7 else f"{size / 1e6:.1f} MB"
 
 
 def require_matplotlib() -> None:

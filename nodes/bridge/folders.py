@@ -11,6 +11,9 @@ from ...faithdiff_core.errors import WeightsError
 FAITHDIFF_FOLDERS = ("faithdiff", "model_patches", "diffusion_models")
 """Folders that are searched for FaithDiff's files, in order; the first is this pack's own."""
 
+BASE_FOLDERS = ("checkpoints", "diffusion_models")
+"""Folders that are searched for the model that FaithDiff was trained from."""
+
 CAPTIONER_FOLDER = "LLM"
 """Folder that is searched for captioners; other packs with language models use this one, too."""
 
@@ -40,14 +43,31 @@ def faithdiff_path(name: str) -> str:
     Raises:
         WeightsError: it is in none of the folders any more.
     """
-    for folder in FAITHDIFF_FOLDERS:
+    return _path(name, FAITHDIFF_FOLDERS)
+
+
+def _path(name: str, folders: tuple[str, ...]) -> str:
+    for folder in folders:
         path: str | None = folder_paths.get_full_path(folder, name)
         if path is not None:
             return path
     raise WeightsError(
-        f"{Path(name).name} is in none of the model folders {', '.join(FAITHDIFF_FOLDERS)}. Put it there, and refresh "
-        f"the page."
+        f"{Path(name).name} is in none of the model folders {', '.join(folders)}. Put it there, and refresh the page."
     )
+
+
+def base_files() -> list[str]:
+    """Names of checkpoints and of U-Nets, each once."""
+    return list(dict.fromkeys(name for folder in BASE_FOLDERS for name in folder_paths.get_filename_list(folder)))
+
+
+def base_path(name: str) -> str:
+    """The full path of a file that `base_files` listed.
+
+    Raises:
+        WeightsError: it is in none of the folders any more.
+    """
+    return _path(name, BASE_FOLDERS)
 
 
 def captioner_folders() -> list[str]:

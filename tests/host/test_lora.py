@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import GOLDEN, Host
+from comfy_host import GOLDEN, Graph, Host
 from safetensors.torch import load_file, save_file
 from support.host_sampling import GOLDEN_FILE, GivenNoise, Setup, images, load, relative
 from support.lora import State, add_by_hand, checkpoint_key, trained_from, write_checkpoint
@@ -164,3 +164,62 @@ def test_refusals(host: Host, combined: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load(host, "bad.safetensors", model=base)
     combined.with_name("bad.safetensors").unlink()
+
+
+class TestNode:
+    @pytest.fixture
+    def graph(self, host: Host, base_file: Path) -> Graph:
+        shutil.copy(base_file, host.base / "models" / "checkpoints" / "trained_from.safetensors")
+        graph = Graph()
+        graph.add(
+            "FaithDiffExtractLoRA",
+            faithdiff_name=GOLDEN_FILE,
+            base_name="trained_from.safetensors",
+            contents="lora_and_adapter",
+            rank=4096,
+            dtype="fp32",
+        )
+        return graph
+
+    @torch.no_grad()
+    def test_saves_what_the_loader_takes(self, host: Host, graph: Graph) -> None:
+        """After a run that was interrupted; golden at full rank."""
+        import comfy.model_management
+        import comfy.utils
+
+        comfy.utils.set_progress_bar_global_hook(lambda *_, **__: host.interrupt())
+        try:
+            with pytest.raises(comfy.model_management.InterruptProcessingException):
+                host.call("FaithDiffExtractLoRA", **graph.prompt["1"]["inputs"])
+        finally:
+            comfy.utils.set_progress_bar_global_hook(None)
+        folder = host.base / "output" / "diffusion_models"
+        (layers,) = folder.iterdir()
+        assert len(list(layers.glob("*.safetensors"))) == 2
+        result = host.run(graph, {"report": ["1", 0]})
+        report = result.outputs["report"]
+        assert report.startswith("diffusion_models/FaithDiff_faithdiff_lora_00001_.safetensors\nRelative error")
+        assert result.progress[-1][0] == result.progress[-1][1]
+        assert [path.name for path in folder.iterdir()] == ["FaithDiff_faithdiff_lora_00001_.safetensors"]
+        base = host.testpack.models.tiny_model(host_names(trained_from()))
+        (path,) = folder.iterdir()
+        shutil.copy(path, host.base / "models" / "faithdiff")  # main.py, which is not run here, lists the folder itself
+        setup = load(host, path.name, model=base)
+        golden = load_file(GOLDEN / "expected.safetensors")["side_below_tile.latent"]
+        assert relative(golden_latent(setup), golden) < 1e-4
+
+    def test_what_load_lora_takes(self, host: Host, graph: Graph, caplog: pytest.LogCaptureFixture) -> None:
+        inputs = graph.prompt["1"]["inputs"] | {"rank": 4, "energy": 0.9, "dtype": "fp16"}
+        for contents, differences in (("lora", False), ("lora_with_differences", True)):
+            report = host.call("FaithDiffExtractLoRA", **inputs | {"contents": contents})[0]
+            path = host.base / "output" / report.partition("\n")[0]
+            assert path.parent.name == "loras"
+            assert any(key.endswith((".diff", ".diff_b")) for key in load_file(path)) == differences
+            shutil.copy(path, host.base / "models" / "loras")
+            with_lora(host, host.call("TestModel")[0], path, caplog)
+        with pytest.raises(ValueError, match=r"FaithDiff Extract LoRA: filename_prefix '../../x' cannot be used"):
+            host.call("FaithDiffExtractLoRA", **inputs | {"filename_prefix": "../../x"})
+        with pytest.raises(
+            ValueError, match=r"FaithDiff Extract LoRA: none.safetensors is in none of the model folders"
+        ):
+            host.call("FaithDiffExtractLoRA", **inputs | {"base_name": "none.safetensors"})
