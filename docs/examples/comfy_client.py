@@ -32,17 +32,23 @@ class UnreachableError(RunError):
     """There is no answer from the server."""
 
 
+class LostPromptError(RunError):
+    """The server does not know a prompt that it had taken."""
+
+
 class ComfyServer:
     """A running ComfyUI.
 
     Attributes:
         address: such as http://127.0.0.1:8188.
+        running: id of the prompt that `run` waits for, or None.
         client_id: under which a websocket hears of this client's prompts.
     """
 
     def __init__(self, address: str) -> None:
         self.address = (address if "://" in address else f"http://{address}").rstrip("/")
         self.client_id = uuid.uuid4().hex
+        self.running: str | None = None
 
     def request(self, path: str, body: bytes | None = None, content_type: str = "application/json") -> bytes:
         """GET, or POST if there is a body, and return the answer's body."""
@@ -97,17 +103,21 @@ class ComfyServer:
             if done:
                 return saved_images(done)
             if prompt_id not in known:
-                raise RunError("The server does not know the prompt: it was cancelled, or the server was restarted.")
+                raise LostPromptError(
+                    "The server does not know the prompt: it was cancelled, or the server was restarted."
+                )
             time.sleep(every)
 
     def run(self, workflow: Workflow) -> list[dict[str, str]]:
         """Post a workflow and wait for its images. Ctrl-C cancels it on the server, too."""
-        prompt_id = self.queue(workflow)
+        prompt_id = self.running = self.queue(workflow)
         try:
             return self.wait(prompt_id)
         except KeyboardInterrupt:
             self.cancel(prompt_id)
             raise
+        finally:
+            self.running = None
 
     def cancel(self, prompt_id: str) -> None:
         """Take a prompt from the queue, or stop it if it runs. Other prompts go on."""

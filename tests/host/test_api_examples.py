@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -464,6 +466,92 @@ def test_server_that_is_not_there(restore: Any) -> None:
     assert code == 1
     assert "0 restored, 0 skipped (done before), 1 failed, 2 not tried" in said
     assert "No answer from http://127.0.0.1:9" in said
+
+
+class Unsteady(http.server.ThreadingHTTPServer):
+    """A second address of a server, which is down for a while after its second prompt has been posted."""
+
+    daemon_threads = True
+
+    def __init__(self, behind: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.behind = behind
+        self.posts = 0
+        self.down_until = 0.0
+        self.refused = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Forward(http.server.BaseHTTPRequestHandler):
+    server: Unsteady
+
+    def do_GET(self) -> None:
+        self._forward(None)
+
+    def do_POST(self) -> None:
+        self._forward(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/prompt":
+            self.server.posts += 1
+            if self.server.posts == 2:
+                self.server.down_until = time.monotonic() + 1.0
+
+    def _forward(self, body: bytes | None) -> None:
+        if time.monotonic() < self.server.down_until:
+            self.server.refused += 1
+            self.connection.close()
+            return
+        kind = {"Content-Type": self.headers.get("Content-Type", "")}
+        with urllib.request.urlopen(urllib.request.Request(self.server.behind + self.path, body, kind)) as answer:
+            content = answer.read()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_several_servers_one_of_which_goes_down_and_comes_back(
+    restore: Any, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every image is restored as on one server, and the output says where."""
+    monkeypatch.setattr(restore_over_http, "LOOK_EVERY", 0.1)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(10):
+        Image.fromarray(photograph_pixels()[80 : 80 + 32, 10 * number : 10 * number + 48]).save(
+            folder / f"{number}.png"
+        )
+    with Unsteady(server.url) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        code, said = restore(str(folder), "-o", str(tmp_path / "out"), "--server", other.url)
+        other.shutdown()
+    assert code == 0, said
+    assert "10 restored, 0 skipped (done before), 0 failed" in said
+    assert f"{other.url} does not answer; " in said
+    assert f"{other.url} answers again" in said
+    assert other.refused > 0
+    done = {name: int(count) for name, count in re.findall(r"^(http\S+): (\d+) restored$", said, re.MULTILINE)}
+    assert set(done) == {server.url, other.url}
+    assert sum(done.values()) == 10
+    assert min(done.values()) > 1  # the one that was down has worked before and after
+    for name, count in done.items():
+        assert said.count(f" ({name})\n") == count
+    assert restore(str(folder), "-o", str(tmp_path / "alone"))[0] == 0
+    for path in sorted((tmp_path / "out").iterdir()):
+        assert np.array_equal(pixels(path.read_bytes()), pixels((tmp_path / "alone" / path.name).read_bytes()))
+
+
+def test_several_servers_that_are_not_there(restore: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restore_over_http, "LOOK_EVERY", 0.05)
+    words = ("images", "-o", "nowhere", "--server", "127.0.0.1:7", "--patience", "0.2")
+    code, said = restore(*words, server="127.0.0.1:9")
+    assert code == 1
+    assert "0 restored, 0 skipped (done before), 1 failed, 2 not tried" in said
 
 
 def test_something_else_answers(restore: Any) -> None:
