@@ -45,7 +45,7 @@ def tile_conds(
             if isinstance(value, comfy.conds.CONDNoiseShape):
                 model_conds[name] = value._copy_with(_tile_rows(value.cond, tiles, images))
             elif len(tiles) > 1 and isinstance(value, comfy.conds.CONDRegular) and value.cond.shape[0] > 1:
-                # Rows belong to images: those of the call, which begin anew with every tile, are spelt out.
+                # Rows belong to images: those of the call, which start over with every tile, are spelt out.
                 model_conds[name] = value._copy_with(torch.cat([_rows_of(value.cond, images)] * len(tiles)))
         if isinstance(model, comfy.model_base.SDXL) and "y" in model_conds:
             y = model_conds["y"]
@@ -87,7 +87,7 @@ def _tile_rows(x: Tensor, tiles: Sequence[Tile], images: int) -> Tensor:
 
 
 def _rows_of(x: Tensor, images: int) -> Tensor:
-    """One row for each image, as the host repeats what comes with fewer rows."""
+    """One row for each image, as ComfyUI repeats what comes with fewer rows."""
     repeats = -(-images // x.shape[0])
     return x.repeat(repeats, *[1] * (x.ndim - 1))[:images]
 
