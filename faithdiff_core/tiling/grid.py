@@ -37,9 +37,11 @@ def check_tile_size(tile: int, *, what: str = "tile_size") -> int:
     """Check a tile side in pixels and return it in latent units.
 
     Raises:
-        SettingsError: below 64 or not a multiple of 8; the text names the nearest size that works.
+        SettingsError: no number, below 64 or not a multiple of 8; the text names the nearest size that works.
     """
-    if isinstance(tile, bool) or int(tile) != tile or tile < MIN_TILE or tile % VAE_SCALE_FACTOR:
+    if isinstance(tile, bool) or not isinstance(tile, int | float) or not math.isfinite(tile):
+        raise SettingsError(f"{what} must be a number of pixels, such as 1024, got {tile!r}.")
+    if int(tile) != tile or tile < MIN_TILE or tile % VAE_SCALE_FACTOR:
         nearest = max(MIN_TILE, round(tile / VAE_SCALE_FACTOR) * VAE_SCALE_FACTOR)
         raise SettingsError(
             f"{what} must be a multiple of {VAE_SCALE_FACTOR} pixels and at least {MIN_TILE}, got {tile}. "
@@ -54,7 +56,7 @@ def check_overlap(overlap: float, *, what: str = "overlap") -> float:
     Raises:
         SettingsError: outside 0 to 0.9.
     """
-    if not 0.0 <= overlap <= MAX_OVERLAP:
+    if isinstance(overlap, bool) or not isinstance(overlap, int | float) or not 0.0 <= overlap <= MAX_OVERLAP:
         raise SettingsError(f"{what} must lie between 0 and {MAX_OVERLAP} (a fraction of the tile), got {overlap}.")
     return float(overlap)
 
@@ -144,7 +146,9 @@ class TileGrid:
         columns: Sequence[int] | None = None,
     ) -> None:
         if height < 1 or width < 1:
-            raise SettingsError(f"A latent of {height} x {width} has no pixels to make tiles of.")
+            raise SettingsError(
+                f"There is nothing to make tiles of: the latent is {height} x {width}. Check the node that made it."
+            )
         self.height, self.width = height, width
         self.tile_pixels = int(tile)
         self.tile = check_tile_size(tile)

@@ -80,7 +80,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", default: T |
         raise SettingsError(f"{where or cls.__name__}: expected `name: value` lines, got {values!r}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if unknown:
         raise SettingsError(
             f"{where or cls.__name__}: unknown setting(s) {', '.join(map(str, unknown))}; "

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import shutil
 import struct
 import tempfile
 import time
@@ -28,6 +29,11 @@ from fuzz.failure import CASE_SECONDS, Failure, attempt
 
 PROGRAMS = ("gs", "gswin32c", "gswin64c", "convert", "magick", "djpeg", "sh")
 """Stand-ins for these are put on the PATH: each records that it was started."""
+
+FOLDER = 60
+"""So many files make a folder that is restored as a whole."""
+
+DEMO_MODEL = Path(__file__).resolve().parents[2] / "demo" / "model"
 
 _KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "JPEG2000", "PPM", "TGA")
 
@@ -144,25 +150,63 @@ def _watched(folder: Path) -> Iterator[Path]:
         EpsImagePlugin.gs_binary = found
 
 
-def run(seed: int, seconds: float) -> list[Failure]:
+def _restore(sources: dict[str, bytes], folder: Path) -> str | None:
+    """Restore a folder of bad files and a good one with the demo model; what is wrong with the run, if anything."""
+    inputs, outputs = folder / "in", folder / "restored"
+    for place in (inputs, outputs):
+        shutil.rmtree(place, ignore_errors=True)
+    inputs.mkdir()
+    for number, content in enumerate(sources.values()):
+        (inputs / f"{number:03}.png").write_bytes(content)
+    (inputs / "good.png").write_bytes(seeds()["PNG"])
+    out, err = io.StringIO(), io.StringIO()
+    words = ["restore", str(inputs), "-o", str(outputs), "--model", str(DEMO_MODEL)]
+    words += ["--faithdiff", str(DEMO_MODEL / "faithdiff.safetensors"), "--steps", "1", "--cfg", "1", "--device", "cpu"]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(words)
+    if code not in (0, 1):
+        return f"exit code {code}: {err.getvalue()[-300:]}"
+    if not (outputs / "good.png").exists():
+        return f"the good image was not restored: {err.getvalue()[-300:]}"
+    silent = [
+        name
+        for name in (f"{number:03}.png" for number in range(len(sources)))
+        if not (outputs / name).exists() and name not in err.getvalue() + out.getvalue()
+    ]
+    return f"neither restored nor named: {silent}" if silent else None
+
+
+def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     """Try mutated files for some time.
 
     Args:
         seed: of the files.
         seconds: after this time no new file is begun.
+        start: number of the first file.
+
+    Yields:
+        The number of each file before it is tried, and what went wrong with it.
     """
-    failures: list[Failure] = []
     end = time.monotonic() + seconds
+    recent: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as name, _watched(Path(name)) as record:
         folder = Path(name)
-        for case, content in cases(seed):
+        (folder / "hq.png").write_bytes(seeds()["PNG"])
+        for number, (case, content) in enumerate(cases(seed)):
+            if number < start:
+                continue
             if time.monotonic() > end:
                 break
+            yield number
             path = folder / "a.png"
             path.write_bytes(content)
+            recent[case] = content
             works: dict[str, Callable[[], None]] = {
                 "load": partial(_load, path, folder / "copy.png"),
                 "degrade": partial(_command, "degrade", str(path), "-o", str(folder / "lq.png")),
+                "evaluate": partial(
+                    _command, "evaluate", str(path), "--reference", str(folder / "hq.png"), "--metrics", "psnr,ssim"
+                ),
             }
             for operation, work in works.items():
                 began = time.monotonic()
@@ -172,11 +216,14 @@ def run(seed: int, seconds: float) -> list[Failure]:
                 if failure is None and time.monotonic() - began > CASE_SECONDS:
                     failure = Failure(f"{case}, {operation}", "took too long")
                 if failure is not None:
-                    failures.append(failure)
+                    yield failure
+            if len(recent) == FOLDER:
+                if problem := _restore(recent, folder):
+                    yield Failure(f"{next(iter(recent))} to {case}, restore", problem)
+                recent = {}
             if record.exists():
-                failures.append(Failure(case, f"a program was started: {record.read_text().split()}"))
+                yield Failure(case, f"a program was started: {record.read_text().split()}")
                 record.unlink()
             left = [file.name for file in folder.iterdir() if file.name.endswith(".part")]
             if left:
-                failures.append(Failure(case, f"files are left: {left}"))
-    return failures
+                yield Failure(case, f"files are left: {left}")

@@ -306,36 +306,48 @@ def _working_in(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-def run(seed: int, seconds: float) -> list[Failure]:
+def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     """Try mutated files for some time.
 
     Args:
         seed: of the files.
         seconds: after this time no new file is begun.
+        start: number of the first file.
+
+    Yields:
+        The number of each file before it is tried, and what went wrong with it.
     """
-    failures: list[Failure] = []
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name, _working_in(name):
-        for case, content in cases(seed):
+        good = Path(name) / "good.safetensors"
+        good.write_bytes(save(tiny_model(seed + 1)))
+        for number, (case, content) in enumerate(cases(seed)):
+            if number < start:
+                continue
             if time.monotonic() > end:
                 break
+            yield number
             path, out = Path(name) / ("a.safetensors" if len(content) % 2 else "a.bin"), Path(name) / "out"
             path.write_bytes(content)
-            dtype = ("fp16", "fp8_e4m3fn", "bf16")[len(failures) % 3]
+            dtype = ("fp16", "fp8_e4m3fn", "bf16")[number % 3]
+            # The bad file takes each of the three places in turn.
+            places = [str(path if place == number % 3 else good) for place in range(3)]
             works: dict[str, Callable[[], None]] = {
                 "info": partial(_command, "info", str(path)),
                 "json": partial(_command, "info", "--json", str(path)),
                 "build": partial(_build, path),
                 "convert": partial(_convert, path, out, dtype),
+                "merge": partial(
+                    _command, "merge", places[0], places[1], "--base", places[2], "-o", str(out / "merged.safetensors")
+                ),
             }
             for operation, work in works.items():
                 with warnings.catch_warnings():
                     warnings.simplefilter("error")  # other libraries' warnings are no words for users
                     failure = attempt(f"{case}, {operation}", work, FaithDiffError)
                 if failure is not None:
-                    failures.append(failure)
+                    yield failure
             shutil.rmtree(out, ignore_errors=True)
             if Path(PROOF).exists():
-                failures.append(Failure(case, "code was executed"))
+                yield Failure(case, "code was executed")
                 Path(PROOF).rmdir()
-    return failures

@@ -297,7 +297,7 @@ class TestPickles:
         (lambda: TileGrid(64, 64, overlap=0.95), r"overlap must lie between 0 and 0.9 .* got 0.95"),
         (lambda: TileGrid(64, 64, overlap=-0.1), "got -0.1"),
         (lambda: TileGrid(64, 64, overlap=float("nan")), "got nan"),
-        (lambda: TileGrid(0, 64), "A latent of 0 x 64 has no pixels"),
+        (lambda: TileGrid(0, 64), "nothing to make tiles of: the latent is 0 x 64"),
         (lambda: list(TileGrid(64, 64).batches(0)), "at least one tile, got 0"),
         (lambda: composite_spans(64, 12, 0.25), "multiple of 8 pixels, got 12"),
         (lambda: leading_timesteps(0), "whole number from 1 to 1000, got 0"),
