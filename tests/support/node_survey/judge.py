@@ -215,7 +215,7 @@ class Survey:
     def _sensitive(self, trial: Trial, what: str, apart: float, steps: int) -> None:
         """A difference is none of ours where rounding does as much: noise changed by a millionth."""
         plain = tiled(trial, 3, steps)[0]
-        rounding = difference(tiled(trial, 3, steps, scale=1 + 1e-6)[0], plain)
+        rounding = max(difference(tiled(trial, 3, steps, scale=scale)[0], plain) for scale in (1 - 1e-6, 1 + 1e-6))
         if apart > 5 * rounding:
             settings = "strong" if trial.strong else "default"
             raise _FoundError("wrong", f"{what}, {settings} settings: {apart:.1e} apart")
