@@ -15,6 +15,7 @@ from .loader import FaithDiffModelLoader
 from .lq_encode import FaithDiffLQEncode
 from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
 from .sampler import FaithDiffSampler, FaithDiffTiledDiffusion
+from .tile_captions import FaithDiffTileCaptions, FaithDiffTileConditioning
 from .vae_decode import FaithDiffTiledVAEDecode
 
 
@@ -38,6 +39,8 @@ class FaithDiffExtension(ComfyExtension):
             FaithDiffFinishImage,
             FaithDiffTrimCaption,
             FaithDiffCaption,
+            FaithDiffTileCaptions,
+            FaithDiffTileConditioning,
             FaithDiffCompare,
             FaithDiffDemoModels,
             FaithDiffExtractLoRA,

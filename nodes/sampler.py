@@ -150,6 +150,16 @@ class FaithDiffSampler(io.ComfyNode):
                     "strength", "How strongly the image acts. 1 as published, 0 off.", optional=True, advanced=True
                 ),
                 setting_input("tile_grid", TILE_GRID_TOOLTIP, optional=True),
+                io.Int.Input(
+                    "preview_tile",
+                    default=-1,
+                    min=-1,
+                    max=65535,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Number of the one tile that is restored, row by row from 0, to judge the settings in a "
+                    "tile's time (needs latent_image, which it is placed into). -1: all tiles.",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],
         )
@@ -180,6 +190,7 @@ class FaithDiffSampler(io.ComfyNode):
         noise: Any = None,
         strength: float = 1.0,
         tile_grid: str = TileGridKind.FIXED.value,
+        preview_tile: int = -1,
     ) -> io.NodeOutput:
         return io.NodeOutput(
             restore(
@@ -198,5 +209,6 @@ class FaithDiffSampler(io.ComfyNode):
                 latent_image=latent_image,
                 noise=noise,
                 strength=strength,
+                preview_tile=preview_tile,
             )
         )

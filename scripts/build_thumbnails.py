@@ -124,6 +124,19 @@ def painted(name: str, circle: tuple[int, int, int]) -> Image.Image:
     return out
 
 
+def told(name: str, texts: tuple[tuple[int, int, str], ...]) -> Image.Image:
+    """Split, cut into quarters, with words at places of theirs."""
+    out = split(name)
+    draw = ImageDraw.Draw(out)
+    draw.line((0, SIDE // 2, SIDE, SIDE // 2), fill=LIGHT, width=3)
+    font = ImageFont.load_default(22)
+    for x, y, text in texts:
+        left, top, right, bottom = draw.textbbox((x, y), text, font=font)
+        draw.rounded_rectangle((left - 12, top - 10, right + 12, bottom + 10), radius=12, fill=LIGHT)
+        draw.text((x, y), text, font=font, fill=DARK)
+    return out
+
+
 def spoken(name: str, text: str) -> Image.Image:
     """Split, with a sentence in a bubble."""
     out = split(name)
@@ -146,6 +159,10 @@ THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
     "faithdiff_auto_caption": (lambda: spoken("chelsea.png", '"A cat with green eyes ..."'), "Caption by LLaVA"),
     "faithdiff_other_captioner": (lambda: spoken("coffee.png", '"A cup of coffee ..."'), "Another captioner"),
     "faithdiff_controlnet": (lambda: edges("astronaut.png"), "With a ControlNet"),
+    "faithdiff_tile_captions": (
+        lambda: told("rocket.jpg", ((40, 40, "a dark sky"), (296, 40, "a rocket"), (40, 300, "a tower"))),
+        "A caption for each part",
+    ),
     "faithdiff_masked": (lambda: painted("astronaut.png", (282, 150, 128)), "Only what you paint"),
     "faithdiff_demo": (lambda: split("astronaut.png"), "No download"),
 }

@@ -328,6 +328,26 @@ def faithdiff_controlnet() -> Graph:
     return graph("faithdiff_controlnet", nodes, usual_groups(load=load, prepare=prepare))
 
 
+def faithdiff_tile_captions() -> Graph:
+    """A caption for each part of a large image."""
+    nodes = restoration()
+    nodes["parts"] = Node("FaithDiffTileCaptions", {"image": Link("prepare")})
+    nodes["caption"] = Node("FaithDiffCaption", {"image": Link("parts"), "model": CAPTIONER})
+    nodes["part_texts"] = Node(
+        "CLIPTextEncode", {"clip": Link("checkpoint", 1), "text": Link("caption")}, "What is in each part"
+    )
+    nodes["told"] = Node(
+        "FaithDiffTileConditioning",
+        {"layout": Link("parts", 1), "conditionings": Link("part_texts"), "whole": Link("positive")},
+    )
+    nodes["sampler"].inputs["positive"] = Link("told")
+    prepare = (
+        (("prepare",), ("latent", "features")),
+        (("parts", "caption", "positive"), ("part_texts", "told", "negative")),
+    )
+    return graph("faithdiff_tile_captions", nodes, usual_groups(prepare=prepare))
+
+
 def faithdiff_masked() -> Graph:
     """Scratches or faces only: what is painted white in the mask editor."""
     nodes = restoration()
@@ -392,6 +412,7 @@ GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_auto_caption,
     faithdiff_other_captioner,
     faithdiff_controlnet,
+    faithdiff_tile_captions,
     faithdiff_masked,
     faithdiff_demo,
 )

@@ -182,6 +182,24 @@ NOTES: dict[str, dict[str, Note]] = {
             "and 0.6 are a good start."
         ),
     },
+    "faithdiff_tile_captions": {
+        "about": about(
+            "## FaithDiff with a caption for each part\n\n"
+            "On a large image, every tile is told the whole image's caption, and may invent what is elsewhere. Here a "
+            "local model describes each part, and each tile gets the text of where it lies. Choose your image, "
+            f"{_PROMPT}, and run."
+        ),
+        "files": files(
+            "a model folder into **models/LLM**: **llava-1.5-7b-hf**, from "
+            "[huggingface.co/llava-hf/llava-1.5-7b-hf](https://huggingface.co/llava-hf/llava-1.5-7b-hf), or any "
+            "image-to-text model that transformers loads"
+        ),
+        "tips": tips(
+            "- **columns** and **rows**: 2 x 2 for 4096 pixels, 3 x 3 for 8192.\n"
+            "- **mix**: 0 is the whole image's text alone, 1 the parts' alone.\n"
+            "- **preview_tile** in FaithDiff Sampler restores a single tile first."
+        ),
+    },
     "faithdiff_masked": {
         "about": about(
             "## FaithDiff for scratches or faces only\n\n"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.images.region import mask_for
+from ...faithdiff_core.tiling.layout import TileLayout
 from .graph_types import AdapterModels, LQFeatures, LQFrame
 
 _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -31,6 +32,7 @@ _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "NOISE": ("NOISE", lambda x: hasattr(x, "generate_noise")),
     "FAITHDIFF": ("FAITHDIFF from FaithDiff Model Loader", lambda x: isinstance(x, AdapterModels)),
     "LQ_FEATURES": ("LQ_FEATURES from FaithDiff LQ Encode", lambda x: isinstance(x, LQFeatures)),
+    "TILE_LAYOUT": ("the layout from FaithDiff Tile Captions", lambda x: isinstance(x, TileLayout)),
     "LQ_FRAME": ("the frame from FaithDiff Prepare Image", lambda x: isinstance(x, LQFrame)),
 }
 """Types of links, what to call them, and how to know them."""
@@ -48,20 +50,24 @@ def check_inputs(schema: io.Schema, values: Mapping[str, Any]) -> None:
         ImageError: an image or mask is empty or has values that are not finite.
     """
     for entry in schema.inputs or []:
-        value = values.get(entry.id)
-        if value is None and (entry.optional or entry.id not in values):
+        given = values.get(entry.id)
+        if given is None and (entry.optional or entry.id not in values):
             continue
-        kind = str(entry.get_io_type())
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SettingsError(f"{entry.id} must be a finite number, got {value}.")
-        if kind not in _LINKS:
-            continue
-        expected, fits = _LINKS[kind]
-        if value is None or not fits(value):
-            got = "nothing" if value is None else f"a value of the type {type(value).__name__}"
-            raise SettingsError(f"{entry.id}: expected {expected}, got {got}. Check the link to this input.")
-        if kind in ("IMAGE", "MASK"):
-            _check_pixels(value, entry.id)
+        for value in given if schema.is_input_list and isinstance(given, list) else [given]:
+            _check_value(entry.id, str(entry.get_io_type()), value)
+
+
+def _check_value(name: str, kind: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise SettingsError(f"{name} must be a finite number, got {value}.")
+    if kind not in _LINKS:
+        return
+    expected, fits = _LINKS[kind]
+    if value is None or not fits(value):
+        got = "nothing" if value is None else f"a value of the type {type(value).__name__}"
+        raise SettingsError(f"{name}: expected {expected}, got {got}. Check the link to this input.")
+    if kind in ("IMAGE", "MASK"):
+        _check_pixels(value, name)
 
 
 def _check_pixels(values: Tensor, name: str) -> None:

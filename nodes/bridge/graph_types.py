@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FaithDiffType = io.Custom("FAITHDIFF")
 LQFeaturesType = io.Custom("LQ_FEATURES")
 LQFrameType = io.Custom("LQ_FRAME")
+TileLayoutType = io.Custom("TILE_LAYOUT")
 
 CONDITION_KEY = "faithdiff_lq"
 """Where a CONDITIONING entry carries its `LQCondition`."""

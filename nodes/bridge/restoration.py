@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import comfy.sample
+import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import latent_preview
@@ -16,6 +17,7 @@ from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.errors import NotFiniteError, SettingsError
 from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
+from ...faithdiff_core.tiling.grid import Tile
 from .alignment_patch import find_patch
 from .graph_types import LQCondition, LQFeatures
 from .lq_conditioning import Conditioning, with_lq
@@ -51,6 +53,7 @@ def restore(
     latent_image: dict[str, Any] | None,
     noise: Any,
     strength: float,
+    preview_tile: int = -1,
 ) -> dict[str, Any]:
     """Sample a restored LATENT; the arguments are FaithDiff Sampler's inputs.
 
@@ -69,8 +72,14 @@ def restore(
     if len(sigmas) < 2:  # denoise 0: nothing is to be changed
         return latent
     tiled_model = tiled(model, tiling)
-    progress = TileProgress(len(sigmas) - 1, len(tiling.grids(*lq_features.size)))
-    set_up_run(tiled_model, progress=progress)
+    only, denoise_mask = None, latent.get("noise_mask")
+    if preview_tile >= 0:
+        if latent_image is None:
+            raise SettingsError("preview_tile needs latent_image: the tile is placed into it.")
+        only = tiling.preview(preview_tile, *lq_features.size)
+        denoise_mask = _within(only, latent["samples"], denoise_mask)
+    progress = TileProgress(len(sigmas) - 1, 1 if only else len(tiling.grids(*lq_features.size)))
+    set_up_run(tiled_model, progress=progress, only=only)
     condition = LQCondition(lq_features, strength)
     guider = comfy.samplers.CFGGuider(tiled_model)
     guider.set_conds(with_lq(positive, condition), with_lq(negative, condition))
@@ -86,13 +95,22 @@ def restore(
         latent["samples"],
         comfy.samplers.sampler_object(sampler_name),
         sigmas,
-        denoise_mask=latent.get("noise_mask"),
+        denoise_mask=denoise_mask,
         callback=progress.callback(latent_preview.prepare_callback(tiled_model, len(sigmas) - 1)),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
     _check_finite(tiled_model, samples)
     return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
+
+
+def _within(tile: Tile, samples: Tensor, noise_mask: Tensor | None) -> Tensor:
+    """A noise mask, (B or 1, 1 or C, h, w), that leaves out what lies outside a tile."""
+    inside = torch.zeros(1, 1, *samples.shape[-2:])
+    tile.crop(inside).fill_(1.0)
+    if noise_mask is None:
+        return inside
+    return comfy.sampler_helpers.prepare_mask(noise_mask, samples.shape, torch.device("cpu")) * inside
 
 
 def _latent(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from ...faithdiff_core.errors import SettingsError
-from ...faithdiff_core.tiling.grid import Tile, check_overlap, check_tile_size
+from ...faithdiff_core.tiling.grid import Tile, TileGrid, check_overlap, check_tile_size
 from ...faithdiff_core.tiling.moving import TileGridKind, TileGrids
 from .control_hints import ControlHints
 from .graph_types import LQFeatures
@@ -46,6 +46,20 @@ class Tiling:
         if self.tile_batch < 0:
             raise SettingsError(f"tile_batch must be 0 (as many as fit) or more, got {self.tile_batch}.")
 
+    def preview(self, number: int, height: int, width: int) -> Tile:
+        """One tile of a latent of this size, as they lie in a fixed grid.
+
+        Raises:
+            SettingsError: there is no tile of this number.
+        """
+        grid = TileGrid(height, width, self.tile_size, self.overlap)
+        if number >= len(grid):
+            raise SettingsError(
+                f"preview_tile must be from 0 to {len(grid) - 1}, got {number}: there are {len(grid.columns)} x "
+                f"{len(grid.rows)} tiles (columns x rows), numbered row by row."
+            )
+        return grid.tiles[number]
+
     def grids(self, height: int, width: int, seed: int = 0) -> TileGrids:
         """The tiles of a latent of this size at each noise level of a run."""
         return TileGrids(height, width, self.tile_size, self.overlap, self.tile_grid, seed)
@@ -76,6 +90,7 @@ class SamplingRun:
     Attributes:
         tiling: how to cut the latent; None samples it whole.
         progress: of the node that samples, if it shows tiles.
+        only: the one tile that is computed, of the fixed grid; None for all.
         seed: of the sampler; moving tiles follow it.
         hints: of the ControlNets, made during the run.
         state: what other patches hold, apart for every tile; None before a run.
@@ -88,6 +103,7 @@ class SamplingRun:
 
     tiling: Tiling | None = None
     progress: TileProgress | None = None
+    only: Tile | None = None
     seed: int = 0
     hints: ControlHints = field(default_factory=ControlHints)
     state: TileState | None = None
@@ -98,7 +114,7 @@ class SamplingRun:
 
     def started(self, seed: int, state: TileState | None, prompts: tuple[list[dict[str, Any]], ...]) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
-        return SamplingRun(self.tiling, self.progress, seed, state=state, mask=self.mask, prompts=prompts)
+        return SamplingRun(self.tiling, self.progress, self.only, seed, state=state, mask=self.mask, prompts=prompts)
 
     def calling(self, conditions: Mapping[UUID, CallCondition], copies_equal: bool) -> SamplingRun:
         """The same with the conditions of the coming U-Net call."""
@@ -118,6 +134,6 @@ def with_run(model_options: dict[str, Any], run: SamplingRun) -> dict[str, Any]:
 
 
 def set_up_run(model: ModelPatcher, **changes: Any) -> None:
-    """Change what a cloned MODEL asks for, in place: `tiling` or `progress` of `SamplingRun`."""
+    """Change what a cloned MODEL asks for, in place: `tiling`, `progress` or `only` of `SamplingRun`."""
     options: dict[str, Any] = model.model_options["transformer_options"]
     options[RUN_KEY] = replace(run_of(options), **changes)

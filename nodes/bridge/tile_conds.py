@@ -14,6 +14,7 @@ from torch import Tensor
 from ...faithdiff_core.backbone import tile_time_ids
 from ...faithdiff_core.tiling.grid import Tile, TileGrid
 from .active_conditions import OUTER_UUID
+from .tile_texts import put_texts
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -50,6 +51,7 @@ def tile_conds(
         if isinstance(model, comfy.model_base.SDXL) and "y" in model_conds:
             y = model_conds["y"]
             model_conds["y"] = y._copy_with(_tile_size_conditioning(model, y.cond, grid, tiles, images))
+        put_texts(cond, model_conds, grid, tiles, images)
         tile_cond["model_conds"] = model_conds
         out.append(tile_cond)
     return out

@@ -187,12 +187,16 @@ def calc_cond_batch(
         call = run.calling(call_conditions(active, conds, whole), copies_equal)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
-    grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
+    if run.only is None:
+        grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
+    else:
+        grid = TileGrid(height, width, run.tiling.tile_size, run.tiling.overlap)
     if patch is not None:
         patch.keep_for(grid, x_in.device)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
-    needed = grid.tiles if run.mask is None else run.mask.touched(grid.tiles, (height, width))
+    tiles_of_step = grid.tiles if run.only is None else (run.only,)
+    needed = tiles_of_step if run.mask is None else run.mask.touched(tiles_of_step, (height, width))
     check_encoded(active, needed)
     at_once = _tiles_per_call(model, run, grid, conds, x_in)
     done = 0
@@ -213,7 +217,10 @@ def calc_cond_batch(
             predictions = executor(model, cut, x, timestep.repeat(len(tiles)), with_run(model_options, call))
         for out, prediction in zip(outs, predictions, strict=True):
             for tile, part in zip(tiles, prediction.split(images), strict=True):
-                grid.merge(out, tile, part)
+                if run.only is None:
+                    grid.merge(out, tile, part)
+                else:
+                    tile.crop(out).copy_(part)
         done += len(tiles)
         if run.progress is not None:
             run.progress.tiles_done(done, len(needed))

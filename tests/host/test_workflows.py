@@ -129,6 +129,7 @@ RUNS: dict[str, list[tuple[int, int]]] = {
     "faithdiff_batch_folder": [(64, 48), (48, 64)],
     "faithdiff_low_vram": [(64, 48)],
     "faithdiff_own_checkpoint_lora": [(64, 48)],
+    "faithdiff_tile_captions": [(64, 48)],
     "faithdiff_masked": [(32, 24)],
     "faithdiff_demo": [(450, 300)],
 }

@@ -1,0 +1,123 @@
+"""FaithDiff Tile Captions and FaithDiff Tile Conditioning: a text for each part of a large image."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..faithdiff_core.captions.tile_texts import TILE_MIX
+from ..faithdiff_core.tiling.grid import MAX_OVERLAP
+from ..faithdiff_core.tiling.layout import MOST_PARTS, TileLayout
+from .bridge.graph_types import TileLayoutType
+from .bridge.lq_conditioning import Conditioning
+from .bridge.tile_texts import cut_image, only, with_tile_texts
+from .errors import named_errors
+from .inputs import CATEGORY
+
+
+class FaithDiffTileCaptions(io.ComfyNode):
+    """Cuts an image into parts to be captioned."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaithDiffTileCaptions",
+            display_name="FaithDiff Tile Captions",
+            category=CATEGORY,
+            description="Cuts a large image into parts, so that a captioner describes each of them and tiles of the "
+            "sampler are told what is in them, not what is elsewhere.",
+            search_aliases=["faithdiff tiles", "caption tiles", "tile prompt", "regional caption", "split image"],
+            inputs=[
+                io.Image.Input("image", tooltip="The low-quality image; enlarged or not makes no difference."),
+                io.Int.Input("columns", default=2, min=1, max=MOST_PARTS, tooltip="Parts side by side."),
+                io.Int.Input("rows", default=2, min=1, max=MOST_PARTS, tooltip="Parts one below the other."),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=16384,
+                    step=8,
+                    tooltip="Pixels. Side of a part, instead of columns and rows; 0 is off.",
+                ),
+                io.Float.Input(
+                    "overlap",
+                    default=0.1,
+                    min=0.0,
+                    max=MAX_OVERLAP,
+                    step=0.05,
+                    round=0.001,
+                    tooltip="Fraction of a part that it shares with its neighbour: the captioner sees what is on a "
+                    "border whole.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="crops",
+                    is_output_list=True,
+                    tooltip="The parts, row by row, as a list: for FaithDiff Caption or any captioner.",
+                ),
+                TileLayoutType.Output(display_name="layout", tooltip="For FaithDiff Tile Conditioning."),
+            ],
+        )
+
+    @classmethod
+    @named_errors
+    def execute(cls, image: Tensor, columns: int, rows: int, tile_size: int, overlap: float) -> io.NodeOutput:
+        return io.NodeOutput(*cut_image(image, columns, rows, tile_size, overlap))
+
+
+class FaithDiffTileConditioning(io.ComfyNode):
+    """Tells each tile its own text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FaithDiffTileConditioning",
+            display_name="FaithDiff Tile Conditioning",
+            category=CATEGORY,
+            description="Makes one conditioning of the texts of an image's parts and the whole image's: in tiles, "
+            "fixed or moving, each tile gets the text of the parts that it overlaps. Works in every sampler; without "
+            "tiles, the whole image's text acts.",
+            search_aliases=["faithdiff tiles", "tile prompt", "regional prompt", "caption tiles"],
+            is_input_list=True,
+            inputs=[
+                TileLayoutType.Input("layout", tooltip="From FaithDiff Tile Captions."),
+                io.Conditioning.Input(
+                    "conditionings",
+                    tooltip="The encoded captions of the crops, as a list in their order: CLIP Text Encode after the "
+                    "captioner gives it.",
+                ),
+                io.Conditioning.Input(
+                    "whole",
+                    tooltip="The whole image's text. ControlNets, masks and LoRA hooks on it, or applied afterwards, "
+                    "act on all tiles.",
+                ),
+                io.Float.Input(
+                    "mix",
+                    default=TILE_MIX,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="Share of the parts' texts. 0: the whole image's alone. 1: the parts' alone; tiles may "
+                    "then differ in style.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="conditioning", tooltip="For FaithDiff Sampler, or FaithDiff Conditioning."
+                )
+            ],
+        )
+
+    @classmethod
+    @named_errors
+    def execute(
+        cls,
+        layout: list[TileLayout],
+        conditionings: list[Conditioning],
+        whole: list[Conditioning],
+        mix: list[float],
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            with_tile_texts(only(layout, "layout"), conditionings, only(whole, "whole"), only(mix, "mix"))
+        )
