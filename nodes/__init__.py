@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 from typing_extensions import override
 
+from .attribution import FaithDiffAttributionMap, FaithDiffAttributionRecord
 from .bridge.folders import register_folders
 from .caption import FaithDiffCaption
 from .compare import FaithDiffCompare
@@ -42,6 +43,8 @@ class FaithDiffExtension(ComfyExtension):
             FaithDiffTileCaptions,
             FaithDiffTileConditioning,
             FaithDiffCompare,
+            FaithDiffAttributionRecord,
+            FaithDiffAttributionMap,
             FaithDiffDemoModels,
             FaithDiffExtractLoRA,
         ]

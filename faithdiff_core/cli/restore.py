@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ..archive.storage import as_address, is_url
+from ..attribution.words import split_words
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.description import add_option, described, option
-from ..engine.restoration import ModelFiles, Progress, Restoration
+from ..engine.restoration import ModelFiles, Progress, Restoration, attribution_file
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
@@ -56,16 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="of files in a folder (png)"
     )
-    parser.add_argument(
-        "--strip-metadata", action="store_true", help="do not keep the images' EXIF, XMP and resolution (profiles stay)"
-    )
-    parser.add_argument("--strip-location", action="store_true", help="do not keep where a photograph was taken")
+    add_metadata_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
     add_model_options(parser)
     add_worker_options(parser)
     add_size_options(parser)
-    add_text_options(parser)
+    text = add_text_options(parser)
+    text.add_argument(
+        "--attribute",
+        default="",
+        metavar="WORDS",
+        help="words of the prompt, with commas: NAME.attribution.png shows where in the image each of them acts",
+    )
     part = parser.add_argument_group("part of an image")
     part.add_argument(
         "--mask",
@@ -84,6 +88,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add_option(method if what.group == "method" else tiles, RestoreSettings, name)
     method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
     add_scheduler_option(method)
+
+
+def add_metadata_options(parser: argparse.ArgumentParser) -> None:
+    """What results keep of the images' metadata."""
+    parser.add_argument(
+        "--strip-metadata", action="store_true", help="do not keep the images' EXIF, XMP and resolution (profiles stay)"
+    )
+    parser.add_argument("--strip-location", action="store_true", help="do not keep where a photograph was taken")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +155,7 @@ def add_size_options(parser: argparse.ArgumentParser, **changes: Any) -> None:
     size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
+def add_text_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts and captions."""
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", default="", help="what the images show; helps, but may be left out")
@@ -158,6 +170,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"
     )
+    return text
 
 
 def add_scheduler_option(group: argparse._ArgumentGroup) -> None:
@@ -181,16 +194,18 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.feather < 0:
         raise SettingsError(f"--feather must be 0 or more, got {args.feather}.")
-    restoration = replace(read_restoration(args), feather=args.feather)
+    restoration = replace(read_restoration(args), feather=args.feather, attribute=_words(args.attribute))
     if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output)):
         if args.mask is not None:
             raise SettingsError("--mask does not work with --workers or addresses; restore such images without them.")
+        if args.attribute:
+            raise SettingsError("--attribute does not work with --workers or addresses; leave them out.")
         return _run_archive(args, restoration)
     if args.gpus_per_worker is not None:
         raise SettingsError("--gpus-per-worker needs --workers.")
     jobs = find_jobs(args.inputs, args.output, "." + args.format)
     masks = {} if args.mask is None else find_masks([job.source for job in jobs], args.mask)
-    todo = [job for job in jobs if args.overwrite or not os.path.exists(job.target)]
+    todo = [job for job in jobs if args.overwrite or not _done(job, restoration)]
     report = Report(skipped=len(jobs) - len(todo))
     todo = possible(todo, report)
     if note := left_out_note(left_out(args.inputs, args.output)):
@@ -249,6 +264,12 @@ def worker_count(word: str) -> int | str:
     return number
 
 
+def _done(job: Job, restoration: Restoration) -> bool:
+    """Whether all that an image becomes is there."""
+    files = [job.target, *([attribution_file(job.target)] if restoration.attribute else ())]
+    return all(map(os.path.exists, files))
+
+
 def read_settings(args: argparse.Namespace) -> RestoreSettings:
     """The settings, checked before a model is loaded; the size is each image's own.
 
@@ -300,6 +321,10 @@ def _size_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def _output(word: str) -> Path | str:
     """OUT: a URL would lose a slash as a path."""
     return word if is_url(word) else Path(word)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(split_words(text)) if text else ()
 
 
 def _lora(word: str) -> tuple[Path, float]:

@@ -28,7 +28,14 @@ from ..images.formats import left_out_note
 from ..images.geometry import target_size
 from ..images.reading import load_image
 from .jobs import Job, Report, attempt, find_jobs, folder_problem, left_out, possible
-from .restore import add_model_options, add_scheduler_option, add_size_options, add_text_options, read_restoration
+from .restore import (
+    add_metadata_options,
+    add_model_options,
+    add_scheduler_option,
+    add_size_options,
+    add_text_options,
+    read_restoration,
+)
 
 IMAGES = "images"
 """Folder of the results in the output folder."""
@@ -59,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a folder")
     parser.add_argument("--reference", type=Path, metavar="HQ", help="the originals under the same names")
     parser.add_argument("--quiet", action="store_true", help="no progress, only failures")
+    add_metadata_options(parser)
     add_model_options(parser)
     lists = {"type": str, "choices": None, "metavar": "LIST"}
     add_size_options(parser, **lists)

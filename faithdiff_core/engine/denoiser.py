@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from ..backbone import Backbone, tile_time_ids
 from ..errors import SettingsError
 from ..models.alignment import Alignment
 from ..models.condition import ConditionEmbedder
-from ..tiling.grid import Tile
+from ..tiling.grid import Tile, TileGrid
 from ..tiling.moving import TileGrids
 from .alignment_hook import AlignmentHook
+from .attribution import PromptAttention
 from .settings import RestoreSettings
 from .text import TextConditioning
 
@@ -48,6 +50,7 @@ class TiledDenoiser:
             and the prediction is zero there. Defaults to everywhere.
         predictions: number of calls of the denoiser in a run, for the progress.
         progress: called as progress(done, total) after each U-Net call of the run; it may raise to cancel.
+        attention: records the cross-attention of the prompts (not of the negative ones).
 
     Raises:
         SettingsError: features or text do not fit the latents.
@@ -71,6 +74,7 @@ class TiledDenoiser:
         needed: Tensor | None = None,
         predictions: int = 1,
         progress: Callable[[int, int], None] | None = None,
+        attention: PromptAttention | None = None,
     ) -> None:
         batch, height, width = size
         fits = features is not None and (features.shape[0], *features.shape[-2:]) == size
@@ -90,6 +94,7 @@ class TiledDenoiser:
             for seed in seeds or [0] * batch
         ]
         self.sigma_of = sigma_of
+        self.attention = attention
         self.hook = AlignmentHook(alignment, settings.strength)
         self.embedder = ConditionEmbedder(alignment, condition_budget)
         self._needed = None if needed is None else needed.expand(batch, -1, -1, -1)
@@ -120,14 +125,14 @@ class TiledDenoiser:
         merged = torch.zeros_like(x, dtype=torch.float32)
         for first in range(0, len(places), self.tile_batch):
             group = places[first : first + self.tile_batch]
-            for (image, tile), prediction in zip(group, self._predict(x, t, group), strict=True):
+            for (image, tile), prediction in zip(group, self._predict(x, t, group, grids), strict=True):
                 grids[image].merge(merged[image], tile, prediction)
             self._done += 1
             if self.progress is not None:
                 self.progress(self._done, total)
         return merged
 
-    def _predict(self, x: Tensor, t: Tensor, group: Sequence[Place]) -> Tensor:
+    def _predict(self, x: Tensor, t: Tensor, group: Sequence[Place], grids: Sequence[TileGrid]) -> Tensor:
         """The guided prediction for some tiles, (tiles, 4, tile height, tile width), float32."""
         if self.hook.strength:
             assert self.features is not None
@@ -141,13 +146,17 @@ class TiledDenoiser:
             ids = [tile_time_ids(height, width, tile.top, tile.left, self.tile_size) for _, tile in group]
             time_ids = torch.tensor(ids, device=self.device, dtype=self.dtype)
             added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids.repeat(copies, 1)}}
-        prediction: Tensor = self.unet(
-            latents.to(self.dtype).repeat(copies, 1, 1, 1),
-            t,
-            encoder_hidden_states=embeds,
-            return_dict=False,
-            **added,
-        )[0].float()
+        recording: AbstractContextManager[None] = nullcontext()
+        if self.attention is not None:
+            recording = self.attention.recording(group, grids, copies, x)
+        with recording:
+            prediction: Tensor = self.unet(
+                latents.to(self.dtype).repeat(copies, 1, 1, 1),
+                t,
+                encoder_hidden_states=embeds,
+                return_dict=False,
+                **added,
+            )[0].float()
         if copies == 1:
             return prediction
         # The negative half comes first.

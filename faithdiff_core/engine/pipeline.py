@@ -24,6 +24,7 @@ from ..models.lq_encoder import LQEncoder
 from ..sampling.schedule import StartPoint
 from ..weights.faithdiff_file import read_faithdiff
 from ..weights.lora_names import add_lora
+from .attribution import Attribution, PromptAttention
 from .loading import (
     Offload,
     backbone_of_unet,
@@ -34,6 +35,7 @@ from .loading import (
     load_lora,
     require_diffusers,
 )
+from .long_prompts import LongPrompt
 from .prediction import Prediction, prediction_of, with_prediction
 from .schedulers import make_scheduler
 from .settings import RestoreSettings, as_list, one_seed_each, one_text_each, same_size
@@ -244,6 +246,7 @@ class FaithDiffPipeline(Stages):
         alpha: Tensor | Sequence[Tensor] | None = None,
         mask: Tensor | Sequence[Tensor] | None = None,
         feather: int = FEATHER,
+        attribution: Attribution | None = None,
         **overrides: Any,
     ) -> Images:
         """Restore images.
@@ -265,6 +268,7 @@ class FaithDiffPipeline(Stages):
                 shape but any size. Tiles that it does not touch are not computed; what it leaves out is the enlarged
                 image, exactly.
             feather: width in pixels of the soft edge that is added around a mask.
+            attribution: gets the maps of its words, which have to be in the prompts; of several passes, the last one's.
             **overrides: single settings by name (`scale=3`, `steps=30`), which replace those of `settings`.
 
         Returns:
@@ -287,6 +291,10 @@ class FaithDiffPipeline(Stages):
         seeds = one_seed_each(seed, count)
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
+        if attribution is not None:
+            if prompt_embeds is not None:
+                raise SettingsError("Attribution needs the prompt as text, not as prompt_embeds.")
+            attribution.begin(self.base, one_text_each(prompt, count, "prompt"), LongPrompt(settings.long_prompt))
         try:
             takes_pooled = self.backbone.size_conditioning
             if prompt_embeds is None and pooled_prompt_embeds is None:
@@ -294,6 +302,7 @@ class FaithDiffPipeline(Stages):
                     one_text_each(prompt, count, "prompt"),
                     one_text_each(negative_prompt, count, "negative_prompt"),
                     guided=settings.cfg > 1,
+                    long_prompt=settings.long_prompt,
                 )
             elif prompt_embeds is None or (takes_pooled and pooled_prompt_embeds is None):
                 raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
@@ -316,8 +325,11 @@ class FaithDiffPipeline(Stages):
                     if masks is not None:
                         rows = [mask_for(masks[i].unsqueeze(0).cpu(), height, width, 1) for i in group]
                         region = feathered(torch.cat(rows), feather)
-                    given = (noise, generators, progress, opacity, region)
+                    attention = None if attribution is None else attribution.of(group, masked=region is not None)
+                    given = (noise, generators, progress, opacity, region, attention)
                     batch = self._pass(batch, text.select(group), settings, *given)
+                if attribution is not None and attention is not None:
+                    attribution.keep(group, attention)
                 for i, restored in zip(group, batch, strict=True):
                     results[i] = restored.to(inputs[i].device)
         finally:
@@ -334,6 +346,7 @@ class FaithDiffPipeline(Stages):
         progress: Progress | None,
         alpha: Tensor | None = None,
         mask: Tensor | None = None,
+        attention: PromptAttention | None = None,
     ) -> Tensor:
         """Restore images of their final size, (B, 3, H, W) in [0, 1] on the CPU; `mask` is (B, 1, H, W)."""
         latent_mask = needed = None
@@ -367,6 +380,7 @@ class FaithDiffPipeline(Stages):
             generators=generators,
             mask=latent_mask,
             progress=progress,
+            attention=attention,
         )
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])

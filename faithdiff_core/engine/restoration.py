@@ -7,6 +7,7 @@ on the image alone, never on where or when the image is restored.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_atomically
+from ..attribution.overlay import attribution_sheet, image_maps
 from ..captions.files import caption_beside
 from ..captions.trim import trim_caption
 from ..errors import ImageError
@@ -23,6 +25,7 @@ from ..images.metadata import Metadata
 from ..images.reading import LoadedImage, load_image
 from ..images.region import FEATHER
 from ..images.writing import check_output, encode_image
+from .attribution import Attribution
 from .settings import RestoreSettings
 
 if TYPE_CHECKING:
@@ -113,11 +116,13 @@ class Made:
         image: the result.
         content: its file.
         notes: what a user should know about the image.
+        attribution: the file of its attribution maps, where they were asked for.
     """
 
     image: LoadedImage
     content: bytes
     notes: tuple[str, ...]
+    attribution: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ class Restoration:
         metadata: keep EXIF, XMP and resolution of each image in its result.
         location: keep where the photograph was taken among them.
         feather: width in pixels of the soft edge around a mask.
+        attribute: words of the prompt whose attribution maps are written to NAME.attribution.png beside each result.
     """
 
     files: ModelFiles
@@ -148,6 +154,7 @@ class Restoration:
     metadata: bool = True
     location: bool = True
     feather: int = FEATHER
+    attribute: tuple[str, ...] = ()
 
     def restore(
         self,
@@ -180,7 +187,9 @@ class Restoration:
             also_record = {"mask": mask.name, "feather": self.feather, **(also_record or {})}
         prompt = self.prompt_for(source)
         made = self.make(pipeline, image, source.name, target, prompt, progress, also_record, region)
-        write_atomically(target, made.content)
+        if made.attribution is not None:
+            write_atomically(attribution_file(target), made.attribution)
+        write_atomically(target, made.content)  # last: it stands for all being done
         return made.notes
 
     def make(
@@ -211,6 +220,7 @@ class Restoration:
         """
         height, width = target_size(*image.size, **self.size)
         check_output(target, height, width, transparent=image.alpha is not None)
+        attribution = Attribution(self.attribute) if self.attribute else None
         try:
             result = pipeline(
                 image.colors.unsqueeze(0),
@@ -222,6 +232,7 @@ class Restoration:
                 alpha=None if image.alpha is None else image.alpha.unsqueeze(0),
                 mask=None if region is None else region.unsqueeze(0),
                 feather=self.feather,
+                attribution=attribution,
             )
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):  # GroupNorm's, of small models
@@ -238,7 +249,8 @@ class Restoration:
         recipe = {**self.recipe(name, image, prompt), **(also_record or {})}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
         content, notes = encode_image(target, restored, text)
-        return Made(restored, content, (*image.notes, *notes))
+        maps = None if attribution is None else _attribution_png(attribution, result[0])
+        return Made(restored, content, (*image.notes, *notes), maps)
 
     def recipe(self, name: str, image: LoadedImage, prompt: str) -> dict[str, Any]:
         """What the metadata of an image's result records: all that it was made with."""
@@ -275,6 +287,18 @@ class Restoration:
             **self.settings.method(),
             **self.files.recorded(),
         }
+
+
+def _attribution_png(attribution: Attribution, result: Tensor) -> bytes:
+    maps = image_maps(attribution.maps[0], *result.shape[-2:])
+    content = io.BytesIO()
+    attribution_sheet(result, maps, attribution.words).save(content, "PNG")
+    return content.getvalue()
+
+
+def attribution_file(target: Path) -> Path:
+    """Where the attribution maps of a result go."""
+    return target.with_name(f"{target.stem}.attribution.png")
 
 
 def _software() -> str:

@@ -18,6 +18,7 @@ from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
 from ..tiling.moving import MOVING_OVERLAP, TileGridKind
 from .description import choice, described, factor, overlap_fraction, plain, real, tile_side, whole
+from .long_prompts import LongPrompt
 
 DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
@@ -51,6 +52,7 @@ class RestoreSettings:
             overlap of 0.125 suffices.
         vae_tile: tile side of the VAE in pixels; images no larger, and all with None, go through in one piece.
         strength: factor on what the LQ image adds to the U-Net; 0 is the U-Net alone.
+        long_prompt: prompts of more than 75 tokens are encoded in `chunks`, as hosts do, or `cut`, as published.
         passes: the enlargement is made in this many equal parts, each a whole restoration (4x = 2x, then 2x).
 
     Raises:
@@ -83,6 +85,9 @@ class RestoreSettings:
         TileGridKind.FIXED,
         f"moving: tiles move from step to step, and --overlap {MOVING_OVERLAP:g} suffices, for half the time",
         group="tiles",
+    )
+    long_prompt: LongPrompt | str = choice(  # noqa: RUF009
+        LongPrompt.CHUNKS, "prompts of more than 75 tokens; cut is as published", group="method"
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -16,10 +16,12 @@ from ..errors import NotFiniteError, SettingsError
 from ..finite import is_finite
 from ..models.alignment import Alignment
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE, LQEncoder
+from .attribution import PromptAttention
 from .denoiser import TiledDenoiser
 from .kept import Kept
 from .latents import decode_latent, encode_latent
 from .loading import Offload
+from .long_prompts import LongPrompt, encode_in_chunks, fit_at_once, same_length
 from .schedulers import fresh_scheduler, initial_latent, noise_level, run_scheduler
 from .settings import RestoreSettings
 from .text import TextConditioning
@@ -63,7 +65,12 @@ class Stages:
 
     @torch.no_grad()
     def encode_text(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None = None, *, guided: bool = True
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None = None,
+        *,
+        guided: bool = True,
+        long_prompt: LongPrompt | str = LongPrompt.CHUNKS,
     ) -> TextConditioning:
         """Encode texts with the checkpoint's text encoders.
 
@@ -74,8 +81,14 @@ class Stages:
             prompts: one for each image.
             negative_prompts: as many. Default to empty ones.
             guided: whether guidance needs the negative ones.
+            long_prompt: `chunks` encodes prompts of more than 75 tokens in chunks, `cut` cuts them as published.
         """
         negative = list(negative_prompts) if negative_prompts is not None else [""] * len(prompts)
+        texts = [*prompts, *(negative if guided else ())]
+        if not fit_at_once(self.base, texts):
+            embeds, pooled = encode_in_chunks(self.base, texts, LongPrompt(long_prompt), self.device)
+            self.base.maybe_free_model_hooks()
+            return TextConditioning.of_prompts(same_length(embeds), pooled, len(prompts))
         encoded = self.base.encode_prompt(
             prompt=list(prompts),
             negative_prompt=negative,
@@ -159,6 +172,7 @@ class Stages:
         generators: list[torch.Generator] | None = None,
         mask: Tensor | None = None,
         progress: Progress | None = None,
+        attention: PromptAttention | None = None,
         **overrides: Any,
     ) -> Tensor:
         """Run the sampling loop on latents of one size.
@@ -177,6 +191,7 @@ class Stages:
             mask: above 0 where the latent is sampled, (B or 1, 1, h, w). Elsewhere the result is `lq_latent`, and tiles
                 that the mask does not touch are not computed.
             progress: called after each U-Net call.
+            attention: records the prompts' cross-attention.
             **overrides: single settings by name, which replace those of `settings`.
 
         Returns:
@@ -213,6 +228,7 @@ class Stages:
             needed=None if mask is None else (mask > 0).cpu(),
             predictions=len(scheduler.timesteps),
             progress=_staged(progress, "sample"),
+            attention=attention,
         )
         noise = noise.to(self.device, torch.float32)
         lq_latent = None if lq_latent is None else lq_latent.to(self.device, torch.float32)
@@ -221,7 +237,8 @@ class Stages:
         kept = None
         if mask is not None and lq_latent is not None:
             kept = Kept.of(scheduler, x, lq_latent, mask)
-        with self._on_device(self.alignment), denoiser.hook.on(self.base.unet):
+        watching = nullcontext() if attention is None else attention.recorder.watching(self.base.unet)
+        with self._on_device(self.alignment), denoiser.hook.on(self.base.unet), watching:
             x = run_scheduler(scheduler, denoiser, x, None if kept is None else kept.put_back, **extra)
         if kept is not None:
             x = kept.finish(x)

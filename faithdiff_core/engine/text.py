@@ -26,6 +26,21 @@ class TextConditioning:
     negative_embeds: Tensor | None = None
     negative_pooled: Tensor | None = None
 
+    @classmethod
+    def of_prompts(cls, embeds: Sequence[Tensor], pooled: Sequence[Tensor | None], prompts: int) -> TextConditioning:
+        """Of single texts: `prompts` prompts, then as many negative ones, or none."""
+
+        def joined(rows: Sequence[Tensor | None]) -> Tensor | None:
+            there = [row for row in rows if row is not None]
+            return torch.cat(there) if there else None
+
+        return cls(
+            torch.cat(list(embeds[:prompts])),
+            joined(pooled[:prompts]),
+            joined(embeds[prompts:]),
+            joined(pooled[prompts:]),
+        )
+
     def rows(self, batch: int, guided: bool, device: torch.device, dtype: torch.dtype) -> TextConditioning:
         """The same with one row for each of `batch` images, on a device and in a dtype.
 

@@ -18,6 +18,7 @@ from .step_progress import TileProgress
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+    from .attribution import AttributionRecord, RecordedCalls
     from .tile_state import TileState
 
 RUN_KEY = "faithdiff"
@@ -97,6 +98,8 @@ class SamplingRun:
         mask: of the latent, where it limits what changes; None before a run.
         prompts: ComfyUI's conditionings of the run, of which a step may use a part.
         conditions: of the coming U-Net call, by the conditioning's uuid; one that is missing is left alone.
+        record: records the attention of the run, if the MODEL asks for that.
+        recorded: of the coming U-Net call's attention.
         copies_equal: whether all rows of one image and tile are equal before the alignment, whatever their
             conditioning. True unless a control or concatenated latents may differ between conditionings.
     """
@@ -111,14 +114,20 @@ class SamplingRun:
     prompts: tuple[list[dict[str, Any]], ...] = ()
     conditions: Mapping[UUID, CallCondition] = field(default_factory=dict)
     copies_equal: bool = True
+    record: AttributionRecord | None = None
+    recorded: RecordedCalls | None = None
 
     def started(self, seed: int, state: TileState | None, prompts: tuple[list[dict[str, Any]], ...]) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
-        return SamplingRun(self.tiling, self.progress, self.only, seed, state=state, mask=self.mask, prompts=prompts)
+        return SamplingRun(
+            self.tiling, self.progress, self.only, seed, state=state, mask=self.mask, prompts=prompts, record=self.record
+        )
 
-    def calling(self, conditions: Mapping[UUID, CallCondition], copies_equal: bool) -> SamplingRun:
-        """The same with the conditions of the coming U-Net call."""
-        return replace(self, conditions=conditions, copies_equal=copies_equal)
+    def calling(
+        self, conditions: Mapping[UUID, CallCondition], copies_equal: bool, recorded: RecordedCalls | None
+    ) -> SamplingRun:
+        """The same with the conditions of the coming U-Net call, and what of it is recorded."""
+        return replace(self, conditions=conditions, copies_equal=copies_equal, recorded=recorded)
 
 
 def run_of(transformer_options: Mapping[str, Any]) -> SamplingRun:
@@ -134,6 +143,6 @@ def with_run(model_options: dict[str, Any], run: SamplingRun) -> dict[str, Any]:
 
 
 def set_up_run(model: ModelPatcher, **changes: Any) -> None:
-    """Change what a cloned MODEL asks for, in place: `tiling`, `progress` or `only` of `SamplingRun`."""
+    """Change what a cloned MODEL asks for, in place: `tiling`, `progress`, `only` or `record` of `SamplingRun`."""
     options: dict[str, Any] = model.model_options["transformer_options"]
     options[RUN_KEY] = replace(run_of(options), **changes)

@@ -9,7 +9,7 @@ predictions this equals the published code, which steps every tile and merges af
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
 
+    from .attribution import AttributionRecord
+
 WRAPPER_KEY = "faithdiff"
 
 LARGEST_AUTO_BATCH = 8
@@ -72,6 +74,14 @@ def tiled(model: ModelPatcher, tiling: Tiling) -> ModelPatcher:
     return clone
 
 
+def recorded(model: ModelPatcher, record: AttributionRecord) -> ModelPatcher:
+    """A MODEL whose sampling runs are recorded; the given one stays as it is."""
+    clone = model.clone()
+    add_sampling_wrappers(clone)
+    set_up_run(clone, record=record)
+    return clone
+
+
 def outer_sample(
     executor: Executor,
     noise: Tensor,
@@ -82,13 +92,17 @@ def outer_sample(
     *rest: Any,
     **more: Any,
 ) -> Any:
-    """Wrapper around all of sampling: what the noise mask leaves out comes back as it was given."""
+    """Wrapper around all of sampling: what the noise mask leaves out comes back as it was given.
+
+    A recording remembers the result, by which the map knows it.
+    """
     guider = executor.class_obj  # type: ignore[attr-defined]
     options = guider.model_options
     run = run_of(options.get("transformer_options", {}))
     mask = mask_of(sampler, run.tiling is not None, denoise_mask)
     if mask is None:
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *rest, **more)
+        result = executor(noise, latent_image, sampler, sigmas, denoise_mask, *rest, **more)
+        return result if run.record is None else run.record.ended(result)
     # Asked before: uni_pc replaces the last level, in place.
     to_the_end = float(sigmas[-1]) == 0.0
     guider.model_options = with_run(options, replace(run, mask=mask))
@@ -97,7 +111,8 @@ def outer_sample(
     finally:
         guider.model_options = options
     # Sampling that stops at a noise level leaves noise everywhere, for another run to go on with.
-    return mask.kept(latent_image, result) if to_the_end else result
+    result = mask.kept(latent_image, result) if to_the_end else result
+    return result if run.record is None else run.record.ended(result)
 
 
 def prepare_sampling(executor: Executor, model: ModelPatcher, noise_shape: Sequence[int], *args: Any, **kw: Any) -> Any:
@@ -140,7 +155,10 @@ def sampler_sample(
         model_options = run.mask.begin(guider, model_options)
     run = run.started(extra_args.get("seed") or 0, state, prompts)
     extra_args = {**extra_args, "model_options": with_run(model_options, run)}
-    return executor(guider, sigmas, extra_args, callback, noise, *rest)
+    if run.record is None:
+        return executor(guider, sigmas, extra_args, callback, noise, *rest)
+    with run.record.run(guider, masked=run.mask is not None):
+        return executor(guider, sigmas, extra_args, callback, noise, *rest)
 
 
 def _ours_first(model_options: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +186,8 @@ def calc_cond_batch(
         raise SettingsError(NO_ALIGNMENT)
     active = active_conditions(conds, run.prompts, timestep, model.model_sampling)
     conds = without_lq(conds)
-    if run.tiling is None and not active:
+    step = None if run.record is None else run.record.step(conds, x_in, timestep)
+    if run.tiling is None and not active and step is None:
         return executor(model, conds, x_in, timestep, model_options)
     if x_in.ndim != 4:
         raise SettingsError(
@@ -184,7 +203,8 @@ def calc_cond_batch(
     if run.tiling is None:
         whole = (Tile(0, 0, height, width),)
         check_encoded(active, whole)
-        call = run.calling(call_conditions(active, conds, whole), copies_equal)
+        calls = None if step is None else step.of(conds, whole, None)
+        call = run.calling(call_conditions(active, conds, whole), copies_equal, calls)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
     if run.only is None:
@@ -208,7 +228,8 @@ def calc_cond_batch(
         tiles = needed[done : done + (1 if alone else at_once)]
         show_tiles(run.progress, done + 1, done + len(tiles), len(needed))
         cut = [None if group is None else tile_conds(model, group, grid, tiles, images) for group in conds]
-        call = run.calling(call_conditions(active, cut, tiles), copies_equal)
+        calls = None if step is None else step.of(cut, tiles, grid)
+        call = run.calling(call_conditions(active, cut, tiles), copies_equal, calls)
         x = torch.cat([tile.crop(x_in) for tile in tiles])
         with ExitStack() as stack:
             stack.enter_context(run.hints.cropped(cut, (height, width), tiles, images))
@@ -237,13 +258,16 @@ def apply_model(
     transformer_options: dict[str, Any],
     **arguments: Any,
 ) -> Tensor:
-    """Wrapper around ComfyUI's `apply_model`: give the alignment patch what this U-Net call needs."""
+    """Wrapper around ComfyUI's `apply_model`: give the alignment patch what this U-Net call needs, and record it."""
+
+    run = run_of(transformer_options)
 
     def call_unet() -> Tensor:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **arguments)
+        calls = run.recorded
+        with nullcontext() if calls is None else calls.call(transformer_options["uuids"], x):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **arguments)
 
     patch = patch_among(transformer_options)
-    run = run_of(transformer_options)
     if patch is None or not run.conditions:
         return call_unet()
     conditions = [run.conditions.get(uuid) for uuid in transformer_options["uuids"]]
