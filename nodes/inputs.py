@@ -19,6 +19,7 @@ _STEPS: dict[str, dict[str, float]] = {
     "scale": {"step": 0.05},
     "cfg": {"step": 0.1, "round": 0.01},
     "strength": {"step": 0.01},
+    "hdr": {"step": 0.1, "round": 0.01},
     "px": {"step": 8},
     "overlap": {"step": 0.05, "round": 0.001},
     "encoder_overlap": {"step": 0.05, "round": 0.001},

@@ -50,6 +50,13 @@ class FaithDiffPrepareImage(io.ComfyNode):
                     advanced=True,
                 ),
                 io.Mask.Input("mask", optional=True, tooltip="Transparency (Load Image's MASK), carried to the end."),
+                setting_input(
+                    "hdr",
+                    "The published demo's HDR effect: more contrast in dark and bright parts before restoring. "
+                    "0 is off.",
+                    optional=True,
+                    advanced=True,
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="For VAE Encode and FaithDiff LQ Encode."),
@@ -60,9 +67,15 @@ class FaithDiffPrepareImage(io.ComfyNode):
     @classmethod
     @named_errors
     def execute(
-        cls, image: Tensor, scale_by: float, longest_side: int, multiple: int, mask: Tensor | None = None
+        cls,
+        image: Tensor,
+        scale_by: float,
+        longest_side: int,
+        multiple: int,
+        mask: Tensor | None = None,
+        hdr: float = 0.0,
     ) -> io.NodeOutput:
-        return io.NodeOutput(*prepare(image, scale_by, longest_side, multiple, mask))
+        return io.NodeOutput(*prepare(image, scale_by, longest_side, multiple, mask, hdr))
 
 
 class FaithDiffFinishImage(io.ComfyNode):

@@ -18,6 +18,7 @@ from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError, WeightsError
 from ..images.cutout import resize_cutout
 from ..images.geometry import crop_to, pad_to_multiple
+from ..images.hdr import hdr_effect
 from ..images.region import FEATHER, around, at_latent_size, feathered, fix_and_composite, mask_for
 from ..models.alignment import Alignment
 from ..models.lq_encoder import LQEncoder
@@ -319,6 +320,7 @@ class FaithDiffPipeline(Stages):
                 if opacities is not None:
                     opacity = torch.stack([opacities[i].to(device="cpu", dtype=torch.float32) for i in group])
                 generators = [torch.Generator("cpu").manual_seed(seeds[i]) for i in group]
+                of_pass = settings
                 for height, width in settings.sizes(*batch.shape[-2:]):
                     batch, opacity = resize_cutout(batch, opacity, height, width)
                     region = None
@@ -327,7 +329,8 @@ class FaithDiffPipeline(Stages):
                         region = feathered(torch.cat(rows), feather)
                     attention = None if attribution is None else attribution.of(group, masked=region is not None)
                     given = (noise, generators, progress, opacity, region, attention)
-                    batch = self._pass(batch, text.select(group), settings, *given)
+                    batch = self._pass(batch, text.select(group), of_pass, *given)
+                    of_pass = settings.changed(hdr=0.0)  # the effect is on the input, not on results of passes
                 if attribution is not None and attention is not None:
                     attribution.keep(group, attention)
                 for i, restored in zip(group, batch, strict=True):
@@ -355,7 +358,7 @@ class FaithDiffPipeline(Stages):
                 return enlarged
             latent_mask = at_latent_size(mask)
             needed = around(latent_mask, settings.tile)
-        padded = pad_to_multiple(enlarged, VAE_SCALE_FACTOR) * 2 - 1
+        padded = hdr_effect(pad_to_multiple(enlarged, VAE_SCALE_FACTOR), settings.hdr) * 2 - 1
         batch, _, height, width = padded.shape
         shape = (self.base.unet.config.in_channels, height // VAE_SCALE_FACTOR, width // VAE_SCALE_FACTOR)
         if noise is None:

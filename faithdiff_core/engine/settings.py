@@ -13,6 +13,7 @@ from ..backbone import TRAIN_STEPS
 from ..errors import SettingsError
 from ..images.color import ColorFix
 from ..images.geometry import target_size
+from ..images.hdr import MAX_HDR
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
 from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE
@@ -53,6 +54,7 @@ class RestoreSettings:
         vae_tile: tile side of the VAE in pixels; images no larger, and all with None, go through in one piece.
         strength: factor on what the LQ image adds to the U-Net; 0 is the U-Net alone.
         long_prompt: prompts of more than 75 tokens are encoded in `chunks`, as hosts do, or `cut`, as published.
+        hdr: the published demo's HDR effect on the input, 0 (off) to 2; with several passes on the first one's.
         passes: the enlargement is made in this many equal parts, each a whole restoration (4x = 2x, then 2x).
 
     Raises:
@@ -89,6 +91,7 @@ class RestoreSettings:
     long_prompt: LongPrompt | str = choice(  # noqa: RUF009
         LongPrompt.CHUNKS, "prompts of more than 75 tokens; cut is as published", group="method"
     )
+    hdr: float = real(0.0, "contrast in dark and bright parts of the input, 0 to 2", maximum=MAX_HDR, group="method")
 
     def __post_init__(self) -> None:
         for name, what in described(self).items():

@@ -8,13 +8,14 @@ from torch import Tensor
 from ...faithdiff_core.errors import ImageError
 from ...faithdiff_core.images.cutout import resize_cutout
 from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
+from ...faithdiff_core.images.hdr import hdr_effect
 from ...faithdiff_core.images.region import feathered, fix_and_composite
 from .checks import check_image, mask_of_images
 from .graph_types import LQFrame
 
 
 def prepare(
-    image: Tensor, scale_by: float, longest_side: int, multiple: int, mask: Tensor | None
+    image: Tensor, scale_by: float, longest_side: int, multiple: int, mask: Tensor | None, hdr: float = 0.0
 ) -> tuple[Tensor, LQFrame]:
     """Enlarge and pad IMAGEs.
 
@@ -24,6 +25,7 @@ def prepare(
         longest_side: pixels of the longer side instead of the factor; 0 is off.
         multiple: of pixels that the padded sides are, itself a multiple of 8.
         mask: transparency, (B or 1, h, w); an alpha channel takes its place where it is None.
+        hdr: amount of the published HDR effect, 0 to 2; the frame keeps the colours without it.
 
     Returns:
         The padded IMAGE, and what the end of the graph needs to know.
@@ -49,7 +51,8 @@ def prepare(
         mask = resize_lanczos(mask.unsqueeze(1), height, width)[:, 0]
     elif opacity is not None:
         mask = 1.0 - opacity[:, 0]
-    return _channels_last(pad_to_multiple(colors, multiple)), LQFrame(_channels_last(colors), mask)
+    padded = hdr_effect(pad_to_multiple(colors, multiple), hdr)
+    return _channels_last(padded), LQFrame(_channels_last(colors), mask)
 
 
 def finish(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from comfy_host import Host
 
 INPUTS = {
-    "FaithDiffPrepareImage": {"scale_by": "scale"},
+    "FaithDiffPrepareImage": {"scale_by": "scale", "hdr": "hdr"},
     "FaithDiffLQEncode": {"tile_size": "encoder_tile", "overlap": "encoder_overlap"},
     "FaithDiffConditioning": {"strength": "strength"},
     "FaithDiffTiledDiffusion": {
