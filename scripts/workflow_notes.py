@@ -155,7 +155,10 @@ NOTES: dict[str, dict[str, Note]] = {
         ),
         "tips": tips(
             "**allow_download** in FaithDiff Caption lets it fetch a model by its hub id, instead of a folder in "
-            "**models/LLM**."
+            "**models/LLM**.\n\n"
+            "A very poor image is described better when it is cleaned first, as the published test script does: put "
+            "**Upscale Image (using Model)** with any upscale or denoising model between Load Image and FaithDiff "
+            "Caption. The image that is restored stays the low-quality one."
         ),
     },
     "faithdiff_other_captioner": {

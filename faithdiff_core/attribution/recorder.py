@@ -123,8 +123,8 @@ class CrossAttentionRecorder:
         handles = []
         for name, module in unet.named_modules():
             if name.rpartition(".")[2] == "attn2" and hasattr(module, "to_q") and hasattr(module, "to_k"):
-                handles.append(module.to_q.register_forward_hook(self._hook(module, is_query=True)))  # type: ignore[union-attr, operator]
-                handles.append(module.to_k.register_forward_hook(self._hook(module, is_query=False)))  # type: ignore[union-attr, operator]
+                handles.append(module.to_q.register_forward_hook(self._hook(module, is_query=True)))
+                handles.append(module.to_k.register_forward_hook(self._hook(module, is_query=False)))
         if not handles:
             raise SettingsError("Attribution needs a U-Net with cross-attention, such as SDXL's; this model has none.")
         try:

@@ -131,12 +131,12 @@ class RecordedStep:
 
     def of(self, conds: Conds, tiles: Sequence[Tile], grid: TileGrid | None) -> RecordedCalls:
         """The recording of the U-Net calls for some tiles, whose conditionings have uuids of their own."""
-        by_uuid = {
-            cond["uuid"]: self.tokens[outer]
-            for group in conds
-            for cond in group or ()
-            if (outer := cond.get(OUTER_UUID, cond["uuid"])) in self.tokens
-        }
+        by_uuid: dict[UUID, int] = {}
+        for group in conds:
+            for cond in group or ():
+                outer: UUID = cond.get(OUTER_UUID, cond["uuid"])
+                if outer in self.tokens:
+                    by_uuid[cond["uuid"]] = self.tokens[outer]
         return RecordedCalls(self, by_uuid, tuple(tiles), grid)
 
 
