@@ -54,7 +54,7 @@ class AttributionRecord:
 
         Args:
             guider: ComfyUI's.
-            masked: a noise mask may leave parts of the latent out.
+            masked: parts of the latent may be left out, by a noise mask or in a preview of one tile.
 
         Raises:
             SettingsError: the guider has several conditionings for the prompt, or one for a part of the image.

@@ -120,7 +120,14 @@ class SamplingRun:
     def started(self, seed: int, state: TileState | None, prompts: tuple[list[dict[str, Any]], ...]) -> SamplingRun:
         """The same for a run that begins: nothing is left of an earlier one."""
         return SamplingRun(
-            self.tiling, self.progress, self.only, seed, state=state, mask=self.mask, prompts=prompts, record=self.record
+            self.tiling,
+            self.progress,
+            self.only,
+            seed,
+            state=state,
+            mask=self.mask,
+            prompts=prompts,
+            record=self.record,
         )
 
     def calling(

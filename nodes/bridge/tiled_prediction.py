@@ -157,7 +157,7 @@ def sampler_sample(
     extra_args = {**extra_args, "model_options": with_run(model_options, run)}
     if run.record is None:
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
-    with run.record.run(guider, masked=run.mask is not None):
+    with run.record.run(guider, masked=run.mask is not None or run.only is not None):
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
 
 
