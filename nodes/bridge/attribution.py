@@ -134,7 +134,7 @@ class RecordedStep:
         by_uuid: dict[UUID, int] = {}
         for group in conds:
             for cond in group or ():
-                outer: UUID = cond.get(OUTER_UUID, cond["uuid"])
+                outer: UUID = cond[OUTER_UUID if OUTER_UUID in cond else "uuid"]
                 if outer in self.tokens:
                     by_uuid[cond["uuid"]] = self.tokens[outer]
         return RecordedCalls(self, by_uuid, tuple(tiles), grid)
