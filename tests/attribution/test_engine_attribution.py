@@ -87,7 +87,8 @@ def test_maps_equal_those_of_plain_attention(pipeline: FaithDiffPipeline) -> Non
     """Two images and prompts, guidance, two steps; one tile."""
     attribution = Attribution("window, red window")
     prompts = [PROMPT, "the window"]
-    images, options = _images(2, 72, 88), {"scale": 1.0, "steps": 2, "cfg": 3.0, "seed": 5, "tile": 128}
+    images = _images(2, 72, 88)
+    options: dict[str, Any] = {"scale": 1.0, "steps": 2, "cfg": 3.0, "seed": 5, "tile": 128}
     attribution.words = ["window"]
     restored = pipeline(images, prompt=prompts, attribution=attribution, **options)
     with plain(pipeline.base.unet) as layers:
@@ -111,7 +112,15 @@ def test_maps_equal_those_of_plain_attention(pipeline: FaithDiffPipeline) -> Non
 @pytest.mark.parametrize("kind", ["fixed", "moving"])
 def test_tiles_are_merged_with_their_weights(pipeline: FaithDiffPipeline, kind: str) -> None:
     """Tiles by hand: each call's plain maps, merged with the published weights."""
-    options = {"scale": 1.0, "steps": 2, "cfg": 2.0, "seed": 3, "tile": 64, "overlap": 0.25, "tile_batch": 2}
+    options: dict[str, Any] = {
+        "scale": 1.0,
+        "steps": 2,
+        "cfg": 2.0,
+        "seed": 3,
+        "tile": 64,
+        "overlap": 0.25,
+        "tile_batch": 2,
+    }
     attribution = Attribution("hair")
     image = _images(1, 72, 136)
     grids: list[TileGrid] = []
@@ -180,7 +189,7 @@ def test_a_planted_word_is_found(pipeline: FaithDiffPipeline) -> None:
 
 def test_long_prompts_and_memory(pipeline: FaithDiffPipeline) -> None:
     long = "a photograph of " + "very " * 90 + "long hair and a window"
-    options = {"scale": 1.0, "steps": 1, "cfg": 2.0, "seed": 1, "tile": 64, "overlap": 0.25}
+    options: dict[str, Any] = {"scale": 1.0, "steps": 1, "cfg": 2.0, "seed": 1, "tile": 64, "overlap": 0.25}
     image = _images(2, 96, 80)
     fine = Attribution("hair")
     pipeline(image, prompt=[long, PROMPT], attribution=fine, **options)
