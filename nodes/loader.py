@@ -26,7 +26,7 @@ class FaithDiffModelLoader(io.ComfyNode):
             display_name="FaithDiff Model Loader",
             category=CATEGORY,
             description="Loads FaithDiff: a MODEL whose U-Net follows a low-quality image through the alignment, and "
-            "the LQ encoder that reads the image. Without LQ features the MODEL is an ordinary SDXL model.",
+            "the LQ encoder that reads the image. Without LQ features the MODEL is an ordinary one.",
             search_aliases=["faithdiff", "super resolution", "upscale", "restore", "load faithdiff", "alignment"],
             inputs=[
                 io.Combo.Input(
@@ -47,8 +47,8 @@ class FaithDiffModelLoader(io.ComfyNode):
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="Your own SDXL MODEL, with or without LoRAs. The alignment goes onto it. Needed with an "
-                    "`_adapter` or `_faithdiff_lora` file.",
+                    tooltip="Your own MODEL of the file's kind (published: SDXL), with or without LoRAs. "
+                    "The alignment goes onto it. Needed with an `_adapter` or `_faithdiff_lora` file.",
                 ),
                 io.Float.Input(
                     "unet_strength",

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 TILE_TOOLTIP = (
-    "Pixels. Larger images are sampled in tiles of this side. 1024 is what SDXL was trained at; smaller tiles need "
-    "less memory and see less of the image."
+    "Pixels. Larger images are sampled in tiles of this side. 1024 is what SDXL was trained at (SD 2.1: 768 or 512, "
+    "SD 1.5: 512); smaller tiles need less memory and see less of the image."
 )
 OVERLAP_TOOLTIP = (
     "Part of a tile that it shares with its neighbour. 0.5 as published: no seams, about four times the work of 0. "
@@ -62,7 +62,7 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
             "was published with it.",
             search_aliases=["faithdiff tiles", "tiled diffusion", "multidiffusion", "large image"],
             inputs=[
-                io.Model.Input("model", tooltip="From FaithDiff Model Loader, or any SDXL MODEL."),
+                io.Model.Input("model", tooltip="From FaithDiff Model Loader, or any SDXL, SD 2.1 or SD 1.5 MODEL."),
                 *tile_inputs(),
                 setting_input("tile_grid", TILE_GRID_TOOLTIP, optional=True),
             ],

@@ -30,7 +30,8 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="From a sampler."),
                 io.Vae.Input(
-                    "vae", tooltip="SDXL's VAE. In fp16 use the fp16-fix VAE; others give black images there."
+                    "vae",
+                    tooltip="The checkpoint's VAE. SDXL's gives black images in fp16: use the fp16-fix VAE there.",
                 ),
                 setting_input(
                     "vae_tile",

@@ -15,11 +15,11 @@ from .progress_line import ProgressLine
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `merge`."""
     parser.description = (
-        "Add what FaithDiff learned to an SDXL checkpoint of your own:\n"
+        "Add what FaithDiff learned to a checkpoint of your own, SDXL for the published weights:\n"
         "  merged = CHECKPOINT + strength * (FAITHDIFF - BASE)\n"
         "The result keeps the checkpoint's style. Use it with FaithDiff's adapter file."
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="an SDXL file, or a folder of diffusers")
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a single file, or a folder of diffusers")
     parser.add_argument("faithdiff", type=Path, metavar="FAITHDIFF", help="FaithDiff.bin, or the `_unet` file")
     parser.add_argument(
         "--base", type=Path, required=True, metavar="BASE", help="what FaithDiff was trained from: RealVisXL_V4.0"

@@ -102,7 +102,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The options of `ModelFiles`, but for the scheduler."""
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--model", type=Path, required=True, help="SDXL checkpoint file, or a folder in diffusers' format"
+        "--model",
+        type=Path,
+        required=True,
+        help="checkpoint file (SDXL for the published weights), or a folder in diffusers' format",
     )
     model.add_argument(
         "--faithdiff",

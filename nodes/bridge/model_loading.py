@@ -27,7 +27,7 @@ from .checks import mask_of_images
 from .difference_patches import add_difference
 from .graph_types import AdapterModels, LQFeatures
 from .lora_patches import add_lora_patches
-from .prediction_type import check_mixable, take_sampling
+from .prediction_type import check_guess, check_mixable, take_sampling
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
@@ -134,6 +134,8 @@ def load_faithdiff(
             _blend_unet(model, weights, weights.unet, unet_strength)
         elif weights.lora is not None and unet_strength > 0.0:
             add_lora_patches(model, weights, weights.lora, unet_strength)
+        elif weights.unet is None:
+            check_guess(model, weights)
     elif weights.unet is None:
         raise WeightsError(
             f"{weights.path.name} holds the LQ encoder and the alignment, but no U-Net. Connect a MODEL to `model`: "

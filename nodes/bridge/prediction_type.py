@@ -21,6 +21,8 @@ from .backbones import LATENT_FORMATS
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
+    from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights
+
 TOLERANCE = 0.01
 """How far a sampling object may be from the published one. Distilled samplings (LCM) are within it."""
 
@@ -38,6 +40,10 @@ class VSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling
 
 SAMPLINGS: dict[str, Any] = {NOISE: PublishedSampling, V: VSampling}
 """How ComfyUI samples a U-Net by what it predicts."""
+
+
+SAMPLING_NAMES = {NOISE: "eps", V: "v_prediction"}
+"""What the node ModelSamplingDiscrete calls them."""
 
 
 def samples_as(sampling: Any, prediction: str) -> bool:
@@ -96,6 +102,25 @@ def check_mixable(model: ModelPatcher, name: str, remedy: str, prediction: str =
             f"`{name}` is {describe(sampling)}, but FaithDiff's U-Net predicts {IN_WORDS[prediction]} on SDXL's "
             f"schedule: weights of the two cannot be mixed. {remedy}"
         )
+
+
+def check_guess(model: ModelPatcher, weights: FaithDiffWeights) -> None:
+    """Compare ComfyUI's guess at what a MODEL predicts with what FaithDiff's adapter was trained with.
+
+    Only models of SD 2.1 are guessed at; what a checkpoint of the other backbones predicts, it says itself.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    prediction = weights.marked
+    sampling = model.get_model_object("model_sampling")
+    if prediction is None or weights.backbone.prediction is not None or samples_as(sampling, prediction):
+        return
+    raise WeightsError(
+        f"ComfyUI takes `model` for {describe(sampling)}, but {weights.path.name} was trained with a U-Net that "
+        f"predicts {IN_WORDS[prediction]}. If this is that U-Net, put ModelSamplingDiscrete with "
+        f"`{SAMPLING_NAMES[prediction]}` in front; else connect the MODEL that it was trained with."
+    )
 
 
 def take_sampling(model: ModelPatcher, backbone: Backbone, prediction: str) -> None:

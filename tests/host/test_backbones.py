@@ -17,7 +17,7 @@ from tiny_models.backbones import TinyModel
 from tiny_models.comfyui_configs import TINY_SD15_UNET, TINY_SD21_UNET, TINY_SD_VAE
 from torch import Tensor
 
-from faithdiff_core import read_faithdiff, sampling_sigmas
+from faithdiff_core import convert, read_faithdiff, sampling_sigmas
 from faithdiff_core.backbone import SD15, SD21, Backbone
 from faithdiff_core.engine import FaithDiffPipeline
 from faithdiff_core.weights.unet_shapes import UNetConfig
@@ -134,6 +134,12 @@ def test_other_u_nets_keep_their_own_prediction(host: Host, loaded: dict[Backbon
     v_base = host.call("ModelSamplingDiscrete", model=model.base, sampling="v_prediction", zsnr=False)[0]
     half = load(host, model.name, model=v_base, unet_strength=0.5)
     assert samples_v(host, half.model)
+    # An adapter leaves the MODEL's U-Net, and what that of SD 2.1 predicts is ComfyUI's guess.
+    folder = host.base / "models" / "faithdiff"
+    adapter = convert(folder / model.name, folder, "fp32")[1].name
+    with pytest.raises(ValueError, match=r"takes `model` for a model that predicts noise, .* ModelSamplingDiscrete"):
+        load(host, adapter, model=model.base)
+    assert samples_v(host, load(host, adapter, model=v_base).model)
 
 
 def samples_v(host: Host, model: Any) -> bool:
@@ -174,8 +180,6 @@ def test_another_backbones_model_is_refused(host: Host, loaded: dict[Backbone, L
 
 
 def test_an_adapter_knows_its_backbone(host: Host, loaded: dict[Backbone, Loaded]) -> None:
-    from faithdiff_core import convert
-
     model = loaded[SD15]
     folder = host.base / "models" / "faithdiff"
     adapter = convert(folder / model.name, folder, "fp32")[1].name
