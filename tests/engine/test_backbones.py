@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models.backbones import CONTEXT, TinyModel
+from tiny_models.backbones import CONTEXT, UNETS, TinyModel
 from tiny_models.checkpoints import make_lora, make_single_file_sd
 from torch import Tensor
 
@@ -124,21 +124,18 @@ def test_the_alignment_and_tiles_by_hand(tiny: TinyModel, pipeline: FaithDiffPip
 def test_converted_files_restore_the_same(tiny: TinyModel, pipeline: FaithDiffPipeline, tmp_path: Path) -> None:
     unet, adapter = convert(tiny.faithdiff, tmp_path, "fp32")
     expected = pipeline(photo(48, 64), **QUICK)
-    assert torch.equal(load(tiny, adapter, unet=unet)(photo(48, 64), **QUICK), expected)
+    assert relative(load(tiny, adapter, unet=unet)(photo(48, 64), **QUICK), expected) < 1e-3
     own = load(tiny, adapter)  # the folder's own U-Net, which is another one
     assert own.base.scheduler.config.prediction_type == tiny.prediction
-    assert relative(own(photo(48, 64), **QUICK), expected) > 1e-3
+    assert relative(own(photo(48, 64), **QUICK), expected) > 1e-2
 
 
 def test_single_file_is_the_folder(tiny: TinyModel, tmp_path: Path) -> None:
     checkpoint, configuration = make_single_file_sd(tiny.folder, tmp_path)
     _, adapter = convert(tiny.faithdiff, tmp_path, "fp32")
-    for faithdiff in (tiny.faithdiff, adapter):
-        expected = load(tiny, faithdiff)(photo(48, 64), **QUICK)
-        from_file = FaithDiffPipeline.from_files(
-            checkpoint, faithdiff, config=configuration, dtype="fp32", device="cpu"
-        )
-        assert torch.equal(from_file(photo(48, 64), **QUICK), expected)
+    expected = load(tiny, adapter)(photo(48, 64), **QUICK)
+    from_file = FaithDiffPipeline.from_files(checkpoint, adapter, config=configuration, dtype="fp32", device="cpu")
+    assert relative(from_file(photo(48, 64), **QUICK), expected) < 1e-3
 
 
 def test_another_backbones_files_are_refused(
@@ -163,16 +160,17 @@ def test_another_backbones_files_are_refused(
     assert json.loads(index.read_text())["_class_name"] == "StableDiffusionPipeline"
 
 
-def test_loras(tiny: TinyModel, tiny_backbones: TinyBackbones, tmp_path: Path) -> None:
-    other = tiny_backbones[SD15 if tiny.backbone is SD21 else SD21]
-    pipeline = load(tiny)
-    for name, model in (("own", pipeline), ("other", load(other))):
-        make_lora(model.base.unet, tmp_path / f"{name}.safetensors")
+def test_loras(tiny: TinyModel, pipeline: FaithDiffPipeline, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    other = SD15 if tiny.backbone is SD21 else SD21
+    make_lora(pipeline.base.unet, tmp_path / "own.safetensors")
+    make_lora(UNet2DConditionModel(**UNETS[other]), tmp_path / "other.safetensors")
     plain = pipeline(photo(48, 64), **QUICK)
     pipeline.load_lora(tmp_path / "own.safetensors")
     assert relative(pipeline(photo(48, 64), **QUICK), plain) > 1e-3
     pipeline.unload_loras()
-    words = rf"other.safetensors is a LoRA for models with text embeddings of {CONTEXT[other.backbone]} channels"
+    words = rf"other.safetensors is a LoRA for models with text embeddings of {CONTEXT[other]} channels"
     with pytest.raises(WeightsError, match=f"{words}, but the model is one of {tiny.backbone.name}"):
         pipeline.load_lora(tmp_path / "other.safetensors")
     for width, name in ((768, "SD 1.5"), (1024, "SD 2.1"), (2048, "SDXL")):
@@ -187,7 +185,7 @@ def test_embeddings_as_they_come(tiny: TinyModel, pipeline: FaithDiffPipeline) -
     given: dict[str, Any] = {"prompt_embeds": text.embeds, "negative_prompt_embeds": text.negative_embeds}
     settings = {key: value for key, value in QUICK.items() if key != "prompt"}
     expected = pipeline(photo(48, 64), **QUICK)
-    assert torch.equal(pipeline(photo(48, 64), **given, **settings), expected)
+    assert relative(pipeline(photo(48, 64), **given, **settings), expected) < 1e-3
     with pytest.raises(SettingsError, match=f"{tiny.backbone.name} takes no pooled_prompt_embeds"):
         pipeline(photo(48, 64), **given, pooled_prompt_embeds=torch.zeros(1, 8), **settings)
     with pytest.raises(SettingsError, match="cfg above 1 needs both of the negative"):

@@ -35,8 +35,8 @@ UNETS: dict[Backbone, dict[str, Any]] = {
     # Heads of 64 channels: as many as the level has room for.
     SD21: {
         **_UNET,
-        "block_out_channels": (64, 128, 128, 128),
-        "attention_head_dim": [1, 2, 2, 2],
+        "block_out_channels": (64, 64, 64, 64),
+        "attention_head_dim": [1, 1, 1, 1],
         "cross_attention_dim": CONTEXT[SD21],
         "use_linear_projection": True,
     },

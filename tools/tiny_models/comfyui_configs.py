@@ -87,7 +87,7 @@ REDUCED_UNET = unet_config(320, (1, 1, 1), 2, (0, 0, 2, 2, 10, 10), (0,) * 9, 1,
 GOLDEN_UNET = unet_config(32, (1, 2, 2), 1, (0, 1, 2), (0, 0, 1, 1, 2, 2), 2, 64, 1600)
 """The golden U-Net."""
 
-TINY_SD21_UNET = unet_config(64, (1, 2, 2, 2), 1, (1, 1, 1, 0), (1,) * 6 + (0, 0), 1, 64, None)
+TINY_SD21_UNET = unet_config(64, (1, 1, 1, 1), 1, (1, 1, 1, 0), (1,) * 6 + (0, 0), 1, 64, None)
 TINY_SD15_UNET = unet_config(
     32, (1, 2, 2, 2), 1, (1, 1, 1, 0), (1,) * 6 + (0, 0), 1, 48, None, linear=False, num_heads=8
 )
