@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,3 +269,14 @@ def test_a_part_goes_back_into_its_image(host: Host) -> None:
         host.call("FaithDiffTiledVAEDecode", restore_mask=mask, **settings)
     with pytest.raises(Exception, match="must be the image that the latents are of"):
         host.call("FaithDiffTiledVAEDecode", restore_mask=mask, original=image[:, :64], **settings)
+
+
+def test_a_quarter_of_a_large_latent_is_a_third_of_the_work(host: Host) -> None:
+    """4096 x 4096 px, tiles of 1024 with the published overlap, counted without a U-Net."""
+    grid = host.pack_module("nodes.bridge.sampling_run").Tiling(1024, 0.5).grids(512, 512).at(1.0)
+    mask = torch.zeros(1, 1, 512, 512)
+    mask[..., :256, 256:] = 1.0
+    noise_mask = host.pack_module("nodes.bridge.noise_mask").NoiseMask(mask)
+    guider = type("Guider", (sys.modules["comfy.samplers"].CFGGuider,), {})
+    noise_mask.begin(object.__new__(guider), {})
+    assert len(noise_mask.touched(grid.tiles, (512, 512))) / len(grid) <= 1 / 3
