@@ -117,7 +117,8 @@ class Cluster:
         from .ray_data import REPORT, ListedItems, RestoringActor
 
         data = self._ray.data
-        source = data.read_datasource(ListedItems(parts), num_cpus=0, override_num_blocks=len(parts))
+        # One reader: it is fast, and each is a process with all of torch in it.
+        source = data.read_datasource(ListedItems(parts), num_cpus=0, concurrency=1, override_num_blocks=len(parts))
         with warnings.catch_warnings():
             # The number of repeats is among the options that Ray removes in 2.64; the extra `cluster` stays below.
             warnings.simplefilter("ignore")

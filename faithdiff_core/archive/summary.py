@@ -26,7 +26,7 @@ dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 1rem 0 1.5rem; }
 dt { font-size: .8rem; opacity: .7; } dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; margin-bottom: 2rem; }
 th, td { text-align: left; padding: .4rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.name { overflow-wrap: anywhere; }
 th button { all: unset; cursor: pointer; font-weight: 600; white-space: nowrap; }
 th button:focus-visible { outline: 2px solid; }
@@ -90,7 +90,8 @@ def _page(work: WorkList, failed: list[Row], done: list[Row], images: dict[str, 
     yield "</tr></thead><tbody>\n"
     for row in (*failed, *done):
         yield _table_row(row, images.get(row["name"], ()))
-    yield "</tbody></table>\n<h2>Workers</h2>\n<table><thead><tr><th>Worker</th><th>Images</th><th>Seconds each</th>"
+    yield "</tbody></table>\n<h2>Workers</h2>\n<table><thead><tr><th>Worker</th>"
+    yield '<th class="number">Images</th><th class="number">Seconds each</th>'
     yield "</tr></thead><tbody>\n"
     for worker, count, seconds in work.by_worker():
         yield f"<tr><td>{_text(worker)}</td>{_number(count, f'{count:,}')}{_number(seconds, f'{seconds:.2f}')}</tr>\n"
