@@ -29,6 +29,9 @@ LISTS = ".faithdiff-lists"
 _PART = 500
 """Images in a part of the list."""
 
+_PASS = 10_000
+"""Images that Ray gets at once: it keeps some 11 KB of the driver's memory for each until all of them are done."""
+
 _TASK_RETRIES = 2
 """How often Ray gives an image to another worker when its worker died: an image may be what kills them."""
 
@@ -99,18 +102,17 @@ class Cluster:
         Raises:
             FaithDiffError: the models cannot be loaded, or a worker does not see the output folder.
         """
-        for number in range(_ROUNDS):
-            folder = join(self._lists, str(number))
-            parts = list(_write_lists(folder, items()))
-            if not parts:
-                return
-            if number:
-                sys.stderr.write("some workers or machines were lost; their images are done again\n")
-            try:
-                yield from self._round(folder, parts)
-            finally:
-                remove_folder(join(self._out, LISTS))
-        yield from map(self._lost, items())
+        try:
+            for number in range(_ROUNDS):
+                still_open = items()
+                folder = join(self._lists, str(number))
+                while parts := list(_write_lists(folder, itertools.islice(still_open, _PASS))):
+                    if number:
+                        sys.stderr.write("some workers or machines were lost; their images are done again\n")
+                    yield from self._round(folder, parts)
+            yield from map(self._lost, items())
+        finally:
+            remove_folder(join(self._out, LISTS))
 
     def _round(self, folder: str, parts: list[tuple[str, int]]) -> Iterator[Report]:
         """One pass of Ray Data over lists of items. Those that kill their worker every time do not come back."""
