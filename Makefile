@@ -16,13 +16,14 @@ HOST_STAMP := $(if $(HOST_REQUIREMENTS),$(VENV)/.installed-host$(subst /,_,$(COM
 # mypy reads the pack as a host does, as one package with a name of its own.
 PACK := build/types/faithdiff_pack
 
-.PHONY: help demo test test-full fuzz lint types format install host-note clean
+.PHONY: help demo test test-full fuzz soak lint types format install host-note clean
 
 help:
 	@echo "make demo       restore a photograph with a small model; writes demo_output/"
 	@echo "make test       style, types and all tests"
 	@echo "make test-full  the same with the slow tests (full-size weights: minutes, 12 GB of disk, 8 GB of memory)"
-	@echo "make fuzz       mutated weights and image files for MINUTES (30), from SEED (1) on"
+	@echo "make fuzz       mutated weights, images, configurations and prompts for MINUTES (30), from SEED (1) on"
+	@echo "make soak       PROMPTS (1000) on one ComfyUI server; memory, threads and open files must not grow"
 	@echo "make lint       ruff and mypy only"
 	@echo "make format     ruff's fixes and formatting"
 	@echo "make clean      remove what the commands above made, .venv included"
@@ -39,8 +40,12 @@ test-full: lint host-note
 
 MINUTES ?= 30
 SEED ?= 1
-fuzz: install
+fuzz: install host-note
 	PYTHONPATH=tests:tools $(PY) -m fuzz --minutes $(MINUTES) --seed $(SEED)
+
+PROMPTS ?= 1000
+soak: install host-note
+	PYTHONPATH=tests:tools $(PY) -m fuzz.soak --prompts $(PROMPTS) --seed $(SEED)
 
 lint: install types
 	$(PY) -m ruff check .

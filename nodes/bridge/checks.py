@@ -46,9 +46,13 @@ def check_inputs(schema: io.Schema, values: Mapping[str, Any]) -> None:
         values: its arguments by name.
 
     Raises:
-        SettingsError: a link carries another type or nothing, or a number is not finite.
-        ImageError: an image or mask is empty or has values that are not finite.
+        SettingsError: a link carries another type or nothing, leads to no input of the node, or a number is not finite.
+        ImageError: an image or mask is empty, or an image, mask or latent has values that are not finite.
     """
+    known = [entry.id for entry in schema.inputs or []]
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise SettingsError(f"There is no input {', '.join(unknown)}; there are {', '.join(known)}.")
     for entry in schema.inputs or []:
         given = values.get(entry.id)
         if given is None and (entry.optional or entry.id not in values):
@@ -68,6 +72,11 @@ def _check_value(name: str, kind: str, value: Any) -> None:
         raise SettingsError(f"{name}: expected {expected}, got {got}. Check the link to this input.")
     if kind in ("IMAGE", "MASK"):
         _check_pixels(value, name)
+    elif kind == "LATENT" and not is_finite(value["samples"]):
+        raise ImageError(
+            f"{name} has values that are NaN or infinite. The node that it comes from went wrong; a VAE that overflows "
+            "in half precision does so."
+        )
 
 
 def _check_pixels(values: Tensor, name: str) -> None:

@@ -40,6 +40,17 @@ def test_numbers_must_be_finite(host: Host) -> None:
         _prepare(host, torch.rand(1, 8, 8, 3), scale_by=float("nan"))
 
 
+def test_latents_must_be_finite(host: Host) -> None:
+    bad = {"samples": torch.full((1, 4, 8, 8), float("inf"))}
+    with pytest.raises(ValueError, match="Tiled VAE Decode: samples has values that are NaN or infinite"):
+        host.call("FaithDiffTiledVAEDecode", samples=bad, vae=host.call("TestVAE")[0], tile_size=64, overlap=0.25)
+
+
+def test_inputs_that_a_node_does_not_have(host: Host) -> None:
+    with pytest.raises(ValueError, match="Prepare Image: There is no input x; there are image, scale_by"):
+        _prepare(host, torch.rand(1, 8, 8, 3), x=1)
+
+
 def test_grey_images_and_flat_masks_are_taken(host: Host) -> None:
     grey = torch.rand(1, 12, 20, 1)
     image, frame = _prepare(host, grey)

@@ -111,6 +111,11 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
+    @property
+    def process_id(self) -> int:
+        """Of the server's process."""
+        return self._process.pid
+
     def resident_bytes(self) -> int:
         """Memory of the server process that is in RAM."""
         import psutil
