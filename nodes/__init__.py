@@ -12,6 +12,8 @@ from .compare import FaithDiffCompare
 from .conditioning import FaithDiffConditioning, FaithDiffTrimCaption
 from .demo_models import FaithDiffDemoModels
 from .extract_lora import FaithDiffExtractLoRA
+from .folder import FaithDiffRestoreFolder
+from .image_files import FaithDiffLoadImage, FaithDiffSaveImage
 from .loader import FaithDiffModelLoader
 from .lq_encode import FaithDiffLQEncode
 from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
@@ -38,6 +40,9 @@ class FaithDiffExtension(ComfyExtension):
             FaithDiffSampler,
             FaithDiffTiledVAEDecode,
             FaithDiffFinishImage,
+            FaithDiffLoadImage,
+            FaithDiffSaveImage,
+            FaithDiffRestoreFolder,
             FaithDiffTrimCaption,
             FaithDiffCaption,
             FaithDiffTileCaptions,

@@ -137,6 +137,21 @@ def told(name: str, texts: tuple[tuple[int, int, str], ...]) -> Image.Image:
     return out
 
 
+PHOTOGRAPH = "2003-07-08\n1/125 s\n16 bits"
+"""What a camera says about a photograph."""
+
+
+def labelled(name: str, text: str) -> Image.Image:
+    """Split, with what the file says in a corner."""
+    out = split(name)
+    draw = ImageDraw.Draw(out)
+    font = ImageFont.load_default(24)
+    left, top, right, bottom = draw.textbbox((36, 36), text, font=font)
+    draw.rectangle((left - 14, top - 12, right + 14, bottom + 12), fill=DARK)
+    draw.text((36, 36), text, font=font, fill=LIGHT)
+    return out
+
+
 def spoken(name: str, text: str) -> Image.Image:
     """Split, with a sentence in a bubble."""
     out = split(name)
@@ -156,6 +171,7 @@ THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
     "faithdiff_few_steps": (lambda: split("rocket.jpg"), "8 steps"),
     "faithdiff_low_vram": (lambda: tiles("chelsea.png"), "6 to 8 GB"),
     "faithdiff_batch_folder": (four, "A whole folder"),
+    "faithdiff_photograph": (lambda: labelled("rocket.jpg", PHOTOGRAPH), "16 bits, EXIF, profile"),
     "faithdiff_auto_caption": (lambda: spoken("chelsea.png", '"A cat with green eyes ..."'), "Caption by LLaVA"),
     "faithdiff_other_captioner": (lambda: spoken("coffee.png", '"A cup of coffee ..."'), "Another captioner"),
     "faithdiff_controlnet": (lambda: edges("astronaut.png"), "With a ControlNet"),

@@ -264,14 +264,49 @@ def faithdiff_low_vram() -> Graph:
 
 
 def faithdiff_batch_folder() -> Graph:
-    """Every image of a folder, whatever its size."""
+    """Every image of a folder, each saved under its name when it is done."""
+    single = restoration()
+    nodes = {key: single[key] for key in ("checkpoint", "loader", "positive", "negative")}
+    nodes["folder"] = Node(
+        "FaithDiffRestoreFolder",
+        {
+            "model": Link("loader"),
+            "faithdiff": Link("loader", 1),
+            "vae": Link("checkpoint", 2),
+            "positive": Link("positive"),
+            "negative": Link("negative"),
+            "clip": Link("checkpoint", 1),
+            "folder": "restore",
+        },
+    )
+    nodes["report"] = Node("PreviewAny", {"source": Link("folder")}, "Report: what was done, what failed")
+    return graph(
+        "faithdiff_batch_folder",
+        nodes,
+        (
+            Group("1  Load", LOAD, 660, ((("about",),), (("checkpoint", "loader"),), (("files",),))),
+            Group("2  Prompts", PREPARE, 400, ((("positive",),), (("negative",),), (("tips",),))),
+            Group("3  Restore each image, and save it", RESTORE, 420, ((("folder",),),)),
+            Group("4  Report", FINISH, 380, ((("report",),),)),
+        ),
+    )
+
+
+def faithdiff_photograph() -> Graph:
+    """A photograph that keeps its depth, transparency, profile and metadata."""
     nodes = restoration()
-    nodes["image"] = Node("LoadImageDataSetFromFolder", {"folder": "restore"}, "All images of input/restore")
-    nodes["prepare"].inputs = {"image": Link("image"), "scale_by": 2.0}
-    nodes["sampler"].inputs["seed"] = 42
-    del nodes["compare"]
-    nodes["save"].height = 330
-    return graph("faithdiff_batch_folder", nodes, usual_groups(finish=((("decode",),), (("finish",),), (("save",),))))
+    nodes["image"].type = "FaithDiffLoadImage"
+    nodes["save"] = Node(
+        "FaithDiffSaveImage",
+        {
+            "images": Link("finish"),
+            "mask": Link("finish", 1),
+            "source": Link("image", 2),
+            "filename_prefix": "%name%",
+        },
+        height=200,
+    )
+    return graph("faithdiff_photograph", nodes)
 
 
 def faithdiff_auto_caption() -> Graph:
@@ -409,6 +444,7 @@ GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_few_steps,
     faithdiff_low_vram,
     faithdiff_batch_folder,
+    faithdiff_photograph,
     faithdiff_auto_caption,
     faithdiff_other_captioner,
     faithdiff_controlnet,

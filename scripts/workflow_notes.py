@@ -134,12 +134,31 @@ NOTES: dict[str, dict[str, Note]] = {
     "faithdiff_batch_folder": {
         "about": about(
             "## FaithDiff for a folder\n\n"
-            "Put images of any sizes into a folder below ComfyUI's **input** (here **input/restore**). They are "
-            "restored one after the other with one caption; the models are loaded once."
+            "1. Put your images into the folder **restore** in ComfyUI's **input** folder (make it, then press **R**), "
+            "or choose another one in **folder**.\n"
+            "2. Run. Each image is saved as soon as it is done, under its own name, in **output/restored**.\n\n"
+            "Phone photographs stand upright; 16 bits, transparency, colour profile, date and camera are kept."
         ),
         "tips": tips(
-            "For a caption of its own for each image, put **FaithDiff Caption** between the images and the positive "
-            "prompt, as in *faithdiff_auto_caption*."
+            "- **Stopped, or new images?** Run again: what is there is skipped. **existing** overwrite does all "
+            "again.\n"
+            "- **An image that fails** is named in the report; the others are done.\n"
+            "- **A text of its own for each image:** put **NAME.txt** beside **NAME.jpg**. All others take the "
+            "positive prompt.\n"
+            "- **Where it was taken** stays in the file. Switch **keep_location** off before you publish it.\n"
+            "- **Four times the size:** **scale_by** 4 with **passes** 2."
+        ),
+    },
+    "faithdiff_photograph": {
+        "about": about(
+            "## FaithDiff for photographs and scans\n\n"
+            "Twice the size, and the file keeps what it knows: 16 bits, transparency, colour profile, date, camera, "
+            f"author. Choose your image in **FaithDiff Load Image**, {_PROMPT}, and run."
+        ),
+        "tips": tips(
+            "- **16 bits:** format **png** or **tif**. **jpg** and **webp** have 8.\n"
+            "- **Where it was taken** stays in the file. Switch **keep_location** off before you publish it.\n"
+            "- **Your workflow** goes into the file, with the prompt: **embed_workflow**."
         ),
     },
     "faithdiff_auto_caption": {

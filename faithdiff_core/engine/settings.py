@@ -82,7 +82,7 @@ class RestoreSettings:
     strength: float = real(
         1.0, "LQ conditioning strength; 0 disables it", minimum=0.0, group="method", host_range=(0.0, 10.0)
     )
-    passes: int = whole(1, "reach the size in N equal steps", group="method")
+    passes: int = whole(1, "reach the size in N equal steps", group="method", host_range=(1, 8))
     tile_grid: TileGridKind | str = choice(  # noqa: RUF009
         TileGridKind.FIXED,
         f"moving: tiles move from step to step, and --overlap {MOVING_OVERLAP:g} suffices, for half the time",

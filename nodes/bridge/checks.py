@@ -14,7 +14,7 @@ from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.images.region import mask_for
 from ...faithdiff_core.tiling.layout import TileLayout
-from .graph_types import AdapterModels, LQFeatures, LQFrame
+from .graph_types import AdapterModels, ImageSource, LQFeatures, LQFrame
 
 _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "IMAGE": ("an IMAGE (such as Load Image gives)", lambda x: isinstance(x, Tensor)),
@@ -34,6 +34,7 @@ _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "LQ_FEATURES": ("LQ_FEATURES from FaithDiff LQ Encode", lambda x: isinstance(x, LQFeatures)),
     "TILE_LAYOUT": ("the layout from FaithDiff Tile Captions", lambda x: isinstance(x, TileLayout)),
     "LQ_FRAME": ("the frame from FaithDiff Prepare Image", lambda x: isinstance(x, LQFrame)),
+    "IMAGE_SOURCE": ("the source from FaithDiff Load Image", lambda x: isinstance(x, ImageSource)),
 }
 """Types of links, what to call them, and how to know them."""
 

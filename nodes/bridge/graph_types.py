@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ...faithdiff_core.backbone import SDXL, Backbone
+from ...faithdiff_core.images.metadata import Metadata
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -17,6 +18,7 @@ FaithDiffType = io.Custom("FAITHDIFF")
 LQFeaturesType = io.Custom("LQ_FEATURES")
 LQFrameType = io.Custom("LQ_FRAME")
 TileLayoutType = io.Custom("TILE_LAYOUT")
+ImageSourceType = io.Custom("IMAGE_SOURCE")
 
 CONDITION_KEY = "faithdiff_lq"
 """Where a CONDITIONING entry carries its `LQCondition`."""
@@ -104,3 +106,24 @@ class LQFrame:
     def size(self) -> tuple[int, int]:
         """(height, width) of the finished image in pixels."""
         return self.image.shape[1], self.image.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSource:
+    """IMAGE_SOURCE: what a file that is saved takes over from the file that was loaded.
+
+    Attributes:
+        name: of the file, without folder and ending; empty where there was none.
+        grey: whether the file has no colours.
+        bits: per channel, 8 or 16.
+        transparent: whether the file has an alpha channel.
+        icc: colour profile of the pixels, or None.
+        metadata: EXIF, XMP and resolution.
+    """
+
+    name: str = ""
+    grey: bool = False
+    bits: int = 8
+    transparent: bool = False
+    icc: bytes | None = None
+    metadata: Metadata = field(default_factory=Metadata)

@@ -36,6 +36,21 @@ INPUTS = {
     },
     "FaithDiffTiledVAEDecode": {"tile_size": "vae_tile", "overlap": "encoder_overlap"},
     "FaithDiffFinishImage": {"color_fix": "color_fix"},
+    "FaithDiffRestoreFolder": {
+        "scale_by": "scale",
+        "passes": "passes",
+        "steps": "steps",
+        "cfg": "cfg",
+        "start_point": "start",
+        "tile_size": "tile",
+        "overlap": "overlap",
+        "tile_batch": "tile_batch",
+        "color_fix": "color_fix",
+        "strength": "strength",
+        "tile_grid": "tile_grid",
+        "encoder_tile": "encoder_tile",
+        "vae_tile": "vae_tile",
+    },
 }
 """Inputs of the nodes by the setting that they are."""
 
@@ -62,7 +77,7 @@ def test_the_decoders_overlap_is_the_nodes(host: Host) -> None:
 
 
 def test_no_setting_is_missing_from_the_nodes() -> None:
-    """All settings have an input but two: passes are nodes one after the other, and ComfyUI encodes in chunks."""
+    """All settings have an input but one: ComfyUI encodes long prompts in chunks. Passes have one for folders."""
     assert {setting for settings in INPUTS.values() for setting in settings.values()} == (
-        set(described(RestoreSettings)) - {"passes", "long_prompt"}
+        set(described(RestoreSettings)) - {"long_prompt"}
     )

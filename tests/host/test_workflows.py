@@ -121,6 +121,7 @@ def test_the_blueprint_opens_and_unfolds(browser: Page) -> None:
 
 RUNS: dict[str, list[tuple[int, int]]] = {
     "faithdiff_2x": [(64, 48)],
+    "faithdiff_photograph": [(64, 48)],
     "faithdiff_4x_progressive": [(128, 96)],
     "faithdiff_8k": [(128, 96)],
     "faithdiff_few_steps": [(64, 48)],
@@ -149,7 +150,8 @@ def test_workflows_run_in_the_page(server: Server, browser: Page, name: str) -> 
     browser.drop(WORKFLOWS / f"{name}.json")
     assert browser.missing_types() == []
     assert browser.error_overlays() == []
-    browser.set_widget("FaithDiffSampler", "steps", 1)
+    sampler = "FaithDiffRestoreFolder" if name == "faithdiff_batch_folder" else "FaithDiffSampler"
+    browser.set_widget(sampler, "steps", 1)
     if name == "faithdiff_own_checkpoint_lora":
         browser.set_widget("FaithDiffModelLoader", "faithdiff_name", ADAPTER)
     result = browser.queue(timeout=500)

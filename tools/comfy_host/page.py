@@ -122,7 +122,7 @@ class Page:
         """
         self._driver.get(self._server.url)
         ready = "return !!(window.app && window.app.vueAppReady && window.app.graph)"
-        self._until(lambda: self.script(ready), timeout, "the page's graph")
+        self.until(lambda: self.script(ready), timeout, "the page's graph")
 
     def close(self) -> None:
         """End the browser."""
@@ -138,22 +138,32 @@ class Page:
         Raises:
             TimeoutError: the graph did not change to the file's nodes.
         """
-        text = workflow.read_text(encoding="utf-8")
-        count = len(json.loads(text)["nodes"])
+        self.drop_file(workflow, "application/json")
+        count = len(json.loads(workflow.read_text(encoding="utf-8"))["nodes"])
+        self.until(lambda: len(self.node_types()) == count, timeout, f"{count} nodes of {workflow.name}")
+
+    def drop_file(self, path: Path, kind: str) -> None:
+        """Drop a file on the canvas, as with the mouse.
+
+        Args:
+            path: of the file.
+            kind: its media type.
+        """
         self.script(
             """
+            const content = Uint8Array.from(atob(arguments[0]), one => one.charCodeAt(0));
             const transfer = new DataTransfer();
-            transfer.items.add(new File([arguments[0]], arguments[1], {type: "application/json"}));
+            transfer.items.add(new File([content], arguments[1], {type: arguments[2]}));
             const canvas = document.querySelector("canvas#graph-canvas");
             const box = canvas.getBoundingClientRect();
             const where = {clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
             const event = {dataTransfer: transfer, bubbles: true, cancelable: true, ...where};
             for (const kind of ["dragenter", "dragover", "drop"]) canvas.dispatchEvent(new DragEvent(kind, event));
             """,
-            text,
-            workflow.name,
+            base64.b64encode(path.read_bytes()).decode(),
+            path.name,
+            kind,
         )
-        self._until(lambda: len(self.node_types()) == count, timeout, f"{count} nodes of {workflow.name}")
 
     def load(self, workflow: Path) -> None:
         """Load a workflow or blueprint file without the mouse."""
@@ -166,7 +176,7 @@ class Page:
     def use_nodes_2(self, on: bool) -> None:
         """Switch between the two designs of nodes: Nodes 2.0, or the classic canvas."""
         self._async_script("window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', arguments[0])", on)
-        self._until(lambda: self.script("return !!LiteGraph.vueNodesMode") == on, 30, "the other design")
+        self.until(lambda: self.script("return !!LiteGraph.vueNodesMode") == on, 30, "the other design")
 
     def boxes(self, timeout: float = 20.0) -> list[NodeBox]:
         """Where the page has its nodes, once they have stopped growing."""
@@ -260,7 +270,7 @@ class Page:
         node_errors = self.script("return window.app.lastNodeErrors") or {}
         if node_errors:
             return PageResult(node_errors, None, {})
-        self._until(lambda: set(self._server.get("/history")) - before, timeout, "the end of the prompt")
+        self.until(lambda: set(self._server.get("/history")) - before, timeout, "the end of the prompt")
         (prompt_id,) = set(self._server.get("/history")) - before
         execution_error = self.script("return window.app.lastExecutionError") or None
         return PageResult({}, execution_error, self._server.history(prompt_id)["outputs"])
@@ -269,7 +279,12 @@ class Page:
         """Write a PNG of the page."""
         path.write_bytes(base64.b64decode(self._driver.get_screenshot_as_base64()))
 
-    def _until(self, there: Callable[[], Any], timeout: float, what: str) -> None:
+    def until(self, there: Callable[[], Any], timeout: float, what: str) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            TimeoutError: it does not hold after `timeout` seconds; `what` says what was waited for.
+        """
         end = time.monotonic() + timeout
         while not there():
             if time.monotonic() > end:

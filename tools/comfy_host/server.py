@@ -167,13 +167,17 @@ class Server:
         """Cancel the prompt that runs now."""
         self.post("/interrupt")
 
-    def submit(self, prompt: Prompt | Graph) -> Job:
+    def submit(self, prompt: Prompt | Graph, workflow: Mapping[str, Any] | None = None) -> Job:
         """Open a websocket, post a prompt, and return the job; close it, or use it in a `with`.
+
+        Args:
+            prompt: in the API's format.
+            workflow: the graph in the page's format, which the page sends along for image files.
 
         Raises:
             PromptRejectedError: the server refused it.
         """
-        return Job(self, prompt.prompt if isinstance(prompt, Graph) else prompt)
+        return Job(self, prompt.prompt if isinstance(prompt, Graph) else prompt, workflow)
 
     def run(self, prompt: Prompt | Graph, timeout: float = RUN_SECONDS, check: bool = True) -> JobResult:
         """Post a prompt and wait for its end.
@@ -222,7 +226,7 @@ class Job:
 
     ENDS = ("execution_success", "execution_error", "execution_interrupted")
 
-    def __init__(self, server: Server, prompt: Prompt) -> None:
+    def __init__(self, server: Server, prompt: Prompt, workflow: Mapping[str, Any] | None = None) -> None:
         import requests
         import websocket
 
@@ -233,7 +237,10 @@ class Job:
         self.messages: list[tuple[str, dict[str, Any]]] = []
         self.previews = 0
         try:
-            answer = requests.post(f"{server.url}/prompt", json={"prompt": prompt, "client_id": client}, timeout=60)
+            body: dict[str, Any] = {"prompt": prompt, "client_id": client}
+            if workflow is not None:
+                body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
+            answer = requests.post(f"{server.url}/prompt", json=body, timeout=60)
             if not answer.ok:
                 raise PromptRejectedError(answer.status_code, answer.json())
         except BaseException:
