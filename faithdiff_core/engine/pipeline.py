@@ -297,22 +297,13 @@ class FaithDiffPipeline(Stages):
                 raise SettingsError("Attribution needs the prompt as text, not as prompt_embeds.")
             attribution.begin(self.base, one_text_each(prompt, count, "prompt"), LongPrompt(settings.long_prompt))
         try:
-            takes_pooled = self.backbone.size_conditioning
-            if prompt_embeds is None and pooled_prompt_embeds is None:
-                text = self.encode_text(
-                    one_text_each(prompt, count, "prompt"),
-                    one_text_each(negative_prompt, count, "negative_prompt"),
-                    guided=settings.cfg > 1,
-                    long_prompt=settings.long_prompt,
-                )
-            elif prompt_embeds is None or (takes_pooled and pooled_prompt_embeds is None):
-                raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
-            elif not takes_pooled and pooled_prompt_embeds is not None:
-                raise SettingsError(f"{self.backbone.name} takes no pooled_prompt_embeds; leave them out.")
-            else:
-                text = TextConditioning(
-                    prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds
-                )
+            given_text = (prompt_embeds, pooled_prompt_embeds, negative_prompt_embeds, negative_pooled_prompt_embeds)
+            text = self._given_text(*given_text) or self.encode_text(
+                one_text_each(prompt, count, "prompt"),
+                one_text_each(negative_prompt, count, "negative_prompt"),
+                guided=settings.cfg > 1,
+                long_prompt=settings.long_prompt,
+            )
             results: list[Tensor] = [torch.empty(0)] * count
             for group in same_size(inputs):
                 batch = torch.stack([inputs[i].to(device="cpu", dtype=torch.float32) for i in group])
@@ -338,6 +329,19 @@ class FaithDiffPipeline(Stages):
         finally:
             self.base.maybe_free_model_hooks()
         return torch.stack(results) if isinstance(images, Tensor) else results
+
+    def _given_text(
+        self, embeds: Tensor | None, pooled: Tensor | None, negative: Tensor | None, negative_pooled: Tensor | None
+    ) -> TextConditioning | None:
+        """The text that was given as embeddings; None if none was."""
+        takes_pooled = self.backbone.size_conditioning
+        if embeds is None and pooled is None:
+            return None
+        if embeds is None or (takes_pooled and pooled is None):
+            raise SettingsError("prompt_embeds and pooled_prompt_embeds belong together; give both.")
+        if not takes_pooled and pooled is not None:
+            raise SettingsError(f"{self.backbone.name} takes no pooled_prompt_embeds; leave them out.")
+        return TextConditioning(embeds, pooled, negative, negative_pooled)
 
     def _pass(
         self,

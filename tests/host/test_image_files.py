@@ -22,7 +22,7 @@ TOLERANCE = 2 / 255
 """Between ComfyUI's samplers and the engine's, as for the demo workflow."""
 
 
-def picture(height: int, width: int, channels: int, bits: int = 8) -> np.ndarray:
+def pixels(height: int, width: int, channels: int, bits: int = 8) -> np.ndarray:
     """A smooth pattern with all levels."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / (3 + c)) + np.cos(y / (4 + c)) for c in range(channels)]
@@ -33,17 +33,17 @@ def picture(height: int, width: int, channels: int, bits: int = 8) -> np.ndarray
 def write_folder(folder: Path) -> None:
     """What people put into one folder."""
     (folder / "sub").mkdir(parents=True)
-    (folder / "1 phone.jpg").write_bytes(photograph("JPEG", picture(24, 40, 3)))
-    (folder / "2 scan.tif").write_bytes(photograph("TIFF", picture(32, 24, 3), icc_profile=linear_profile()))
+    (folder / "1 phone.jpg").write_bytes(photograph("JPEG", pixels(24, 40, 3)))
+    (folder / "2 scan.tif").write_bytes(photograph("TIFF", pixels(32, 24, 3), icc_profile=linear_profile()))
     (folder / "3 broken.jpg").write_bytes((folder / "1 phone.jpg").read_bytes()[:-300])
-    Image.fromarray(picture(24, 32, 1, 16)[..., 0]).save(folder / "4 grey.png")
-    cut = picture(24, 24, 4)
+    Image.fromarray(pixels(24, 32, 1, 16)[..., 0]).save(folder / "4 grey.png")
+    cut = pixels(24, 24, 4)
     cut[:12, :, 3], cut[12:, :, 3], cut[:12, :, :3] = 0, 255, 0  # black below what is transparent
     Image.fromarray(cut).save(folder / "5 cut.png")
     Image.fromarray(cut[..., :3]).save(folder / "Name.png")
     Image.fromarray(cut[::-1, :, :3]).save(folder / "name.png")
     tifffile.imwrite(
-        folder / "sub" / "deep.tif", picture(24, 24, 3, 16), photometric="rgb", iccprofile=linear_profile(),
+        folder / "sub" / "deep.tif", pixels(24, 24, 3, 16), photometric="rgb", iccprofile=linear_profile(),
         resolution=(240, 240), resolutionunit="INCH",
     )  # fmt: skip
     (folder / "sub" / "deep.txt").write_text("A drawing of waves.", encoding="utf-8")
@@ -237,7 +237,7 @@ WORKFLOW: dict[str, Any] = {
 @pytest.mark.parametrize("name", ["png", "webp", "jpg", "tif"])
 def test_a_photograph_keeps_what_it_knows(server: Server, inputs: Path, name: str) -> None:
     """The files are those of the core; the workflow is found where ComfyUI's own saver puts it."""
-    content = photograph("JPEG", picture(24, 40, 3))
+    content = photograph("JPEG", pixels(24, 40, 3))
     (inputs / "phone.jpg").write_bytes(content)
     graph = one_image("phone.jpg", format=name, filename_prefix=f"kept/{name} %name%")
     with server.submit(graph, WORKFLOW) as job:
@@ -264,7 +264,7 @@ def test_a_photograph_keeps_what_it_knows(server: Server, inputs: Path, name: st
 
 def test_depth_alpha_and_switches(server: Server, inputs: Path) -> None:
     """16 bits with alpha in and out; without location; nothing at all; names numbered."""
-    deep = picture(16, 24, 4, 16)
+    deep = pixels(16, 24, 4, 16)
     tifffile.imwrite(inputs / "deep.tif", deep, photometric="rgb", extrasamples=["unassalpha"])
     saved = server.base / "output" / "kept"
     for bits, format, kind in (("source", "png", 16), ("16", "tif", 16), ("8", "tif", 8), ("source", "webp", 8)):
@@ -277,7 +277,7 @@ def test_depth_alpha_and_switches(server: Server, inputs: Path) -> None:
             assert np.abs(image.colors.movedim(0, -1).numpy() * 65535 - deep[..., :3]).max() < 0.6
     with pytest.raises(GraphError, match="FaithDiff Save Image: jpg has 8 bits per channel"):
         server.run(one_image("deep.tif", bits="16", format="jpg"))
-    (inputs / "phone.jpg").write_bytes(photograph("JPEG", picture(24, 40, 3)))
+    (inputs / "phone.jpg").write_bytes(photograph("JPEG", pixels(24, 40, 3)))
     for switch, left in (("keep_location", True), ("keep_metadata", False)):
         server.run(one_image("phone.jpg", filename_prefix=switch, embed_workflow=False, **{switch: False}))
         path = server.base / "output" / f"{switch}_00001_.png"
@@ -288,7 +288,7 @@ def test_depth_alpha_and_switches(server: Server, inputs: Path) -> None:
 
 def test_files_dragged_back_bring_their_workflow(server: Server, inputs: Path, browser: Page) -> None:
     """In the page, as with files of Save Image."""
-    (inputs / "drag.jpg").write_bytes(photograph("JPEG", picture(24, 40, 3)))
+    (inputs / "drag.jpg").write_bytes(photograph("JPEG", pixels(24, 40, 3)))
     for name in ("png", "webp"):
         graph = one_image("drag.jpg", format=name, filename_prefix=f"drag {name}")
         with server.submit(graph, WORKFLOW) as job:
