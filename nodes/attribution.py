@@ -30,7 +30,7 @@ class FaithDiffAttributionRecord(io.ComfyNode):
             "with each word of the prompt. FaithDiff Attribution Map shows it. Works with every sampler, in tiles too.",
             search_aliases=["faithdiff attribution", "daam", "attention map", "cross attention", "heat map"],
             inputs=[
-                io.Model.Input("model", tooltip="From FaithDiff Model Loader, or any SDXL or SD 1.5 / 2.1 MODEL."),
+                io.Model.Input("model", tooltip="From FaithDiff Model Loader, or any SDXL, SD 2.1 or SD 1.5 MODEL."),
                 io.Combo.Input(
                     "prompt",
                     options=list(PROMPTS),
@@ -43,8 +43,8 @@ class FaithDiffAttributionRecord(io.ComfyNode):
                     min=1,
                     max=65536,
                     advanced=True,
-                    tooltip="MB that the recording may take on the graphics card. With less, the maps of large images "
-                    "are coarser; the restored image stays the same.",
+                    tooltip="MiB. Memory that the recording may take on the graphics card. With less, the maps of "
+                    "large images are coarser; the restored image stays the same.",
                 ),
             ],
             outputs=[
@@ -76,7 +76,7 @@ class FaithDiffAttributionMap(io.ComfyNode):
                 AttributionType.Input("record", tooltip="From FaithDiff Attribution Record."),
                 io.Latent.Input(
                     "latent",
-                    tooltip="What the sampler with the recorded MODEL gives, unchanged: the map waits for it.",
+                    tooltip="The output of the sampler with the recorded MODEL, unchanged: the map waits for it.",
                 ),
                 io.Clip.Input("clip", tooltip="The CLIP that encoded the prompt."),
                 io.String.Input(

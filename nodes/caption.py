@@ -33,8 +33,8 @@ class FaithDiffCaption(io.ComfyNode):
                     "model",
                     default=PUBLISHED_MODEL,
                     tooltip="Name of a folder in models/LLM, an absolute path, or a hub id. The folder has "
-                    "config.json, *.safetensors and the files of tokenizer and image processor. LLaVA-1.5 7B takes 14 "
-                    "GB.",
+                    "config.json, *.safetensors and the files of its tokenizer and image processor. LLaVA-1.5 7B takes "
+                    "14 GB.",
                 ),
                 io.String.Input(
                     "prompt",
@@ -56,7 +56,7 @@ class FaithDiffCaption(io.ComfyNode):
                     options=list(CAPTION_DTYPES),
                     default="default",
                     tooltip="Precision of the model. `default`: the one it was saved in, or fp32 where the device "
-                    "computes in no half precision.",
+                    "does not support half precision.",
                 ),
                 io.Float.Input(
                     "temperature",
@@ -64,8 +64,8 @@ class FaithDiffCaption(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="0: always the likeliest word, the same caption every time. Above: words are drawn, the "
-                    "higher the freer.",
+                    tooltip="0: always the likeliest word, the same caption every time. Above 0: words are drawn at "
+                    "random, the more freely the higher.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -108,8 +108,8 @@ class FaithDiffCaption(io.ComfyNode):
                 io.String.Output(
                     display_name="caption",
                     is_output_list=True,
-                    tooltip="For CLIP Text Encode. A list with one caption for each image: what follows runs once "
-                    "for each.",
+                    tooltip="For CLIP Text Encode. A list with one caption for each image; the nodes after it "
+                    "run once for each.",
                 )
             ],
         )

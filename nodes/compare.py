@@ -24,7 +24,7 @@ class FaithDiffCompare(io.ComfyNode):
             node_id="FaithDiffCompare",
             display_name="FaithDiff Compare",
             category=CATEGORY,
-            description="Shows the low-quality image against the restored one, with ComfyUI's own slider or side by "
+            description="Compares the low-quality image with the restored one, with ComfyUI's own slider or side by "
             "side. Smaller `before` images are enlarged to the size of `after` (Lanczos).",
             search_aliases=["faithdiff compare", "before after", "image compare", "slider"],
             is_output_node=True,

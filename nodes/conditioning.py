@@ -20,7 +20,7 @@ class FaithDiffConditioning(io.ComfyNode):
             node_id="FaithDiffConditioning",
             display_name="FaithDiff Conditioning",
             category=CATEGORY,
-            description="Adds the low-quality image to the prompts, for any of ComfyUI's samplers (KSampler, "
+            description="Adds the LQ features to the prompts, for any of ComfyUI's samplers (KSampler, "
             "SamplerCustomAdvanced, ...) together with the MODEL of FaithDiff Model Loader.",
             search_aliases=["faithdiff apply", "lq conditioning", "apply lq features"],
             inputs=[
@@ -33,7 +33,7 @@ class FaithDiffConditioning(io.ComfyNode):
                 LQFeaturesType.Input("lq_features", tooltip="From FaithDiff LQ Encode."),
                 setting_input(
                     "strength",
-                    "How strongly the image acts. 1 as published, 0 off; lower gives the model more freedom.",
+                    "How strongly the image acts. 1 as published, 0 off; lower values give the model more freedom.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -41,7 +41,7 @@ class FaithDiffConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling (0 to 1) from which the image acts.",
+                    tooltip="Fraction of the sampling (0 to 1) at which the image begins to act.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -49,7 +49,7 @@ class FaithDiffConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.001,
-                    tooltip="Part of the sampling (0 to 1) until which the image acts.",
+                    tooltip="Fraction of the sampling (0 to 1) at which the image ceases to act.",
                 ),
             ],
             outputs=[
@@ -81,9 +81,8 @@ class FaithDiffTrimCaption(io.ComfyNode):
             node_id="FaithDiffTrimCaption",
             display_name="FaithDiff Trim Caption",
             category=CATEGORY,
-            description='Trims a caption that a captioner wrote as the published code does: drops the lead-in ("The '
-            "image "
-            'features") and keeps the first sentences. Not for prompts that you type.',
+            description="Trims a captioner's answer as the published code does: drops the lead-in "
+            '("The image features") and keeps the first sentences. Not for prompts that you type.',
             search_aliases=["faithdiff caption", "shorten caption", "llava caption"],
             inputs=[
                 io.String.Input(

@@ -18,20 +18,20 @@ class FaithDiffDemoModels(io.ComfyNode):
             node_id="FaithDiffDemoModels",
             display_name="FaithDiff Demo Models",
             category=f"{CATEGORY}/development",
-            description="Loads the small demo model that comes with this pack, and a damaged image for it, for trying "
-            "graphs out without a download. It restores little: take FaithDiff Model Loader and an SDXL checkpoint "
+            description="Loads the small demo model that comes with this pack, and a degraded image for it, for trying "
+            "graphs out without a download. It restores little: use FaithDiff Model Loader and an SDXL checkpoint "
             "for real images.",
             search_aliases=["faithdiff demo", "faithdiff test model", "small model"],
             is_dev_only=True,
             inputs=[],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The alignment-patched MODEL."),
+                io.Model.Output(display_name="model", tooltip="The MODEL with the alignment."),
                 io.Clip.Output(display_name="clip", tooltip="For CLIP Text Encode."),
                 io.Vae.Output(display_name="vae", tooltip="For VAE Encode and FaithDiff Tiled VAE Decode."),
                 FaithDiffType.Output(display_name="faithdiff", tooltip="For FaithDiff LQ Encode."),
                 io.Image.Output(
                     display_name="sample_image",
-                    tooltip="A photograph of a cat, damaged as the model was trained for: half the size, noisy.",
+                    tooltip="A photograph of a cat, degraded as the model was trained for: half the size, noisy.",
                 ),
             ],
         )

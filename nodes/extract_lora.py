@@ -27,12 +27,12 @@ class FaithDiffExtractLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "faithdiff_name",
                     options=faithdiff_files(),
-                    tooltip="FaithDiff.bin, or the same as safetensors: a file with FaithDiff's U-Net.",
+                    tooltip="FaithDiff.bin, or the same weights as safetensors: a file with FaithDiff's U-Net.",
                 ),
                 io.Combo.Input(
                     "base_name",
                     options=base_files(),
-                    tooltip="What FaithDiff was trained from: RealVisXL V4.0. Looked for in models/checkpoints and "
+                    tooltip="What FaithDiff was trained from: RealVisXL V4.0. Searched in models/checkpoints and "
                     "models/diffusion_models.",
                 ),
                 io.Combo.Input(

@@ -39,8 +39,8 @@ class FaithDiffRestoreFolder(io.ComfyNode):
             display_name="FaithDiff Restore Folder",
             category=CATEGORY,
             description="Restores all images of a folder, one after the other, and saves each when it is done, under "
-            "its own name: with its depth, transparency, profile and metadata, as the command line does. One that "
-            "fails is named in the report; the others are done. Run again, it goes on where it stopped.",
+            "its own name: with its bit depth, transparency, profile and metadata, as the command line does. One that "
+            "fails is named in the report; the others are restored. An interrupted run continues where it stopped.",
             search_aliases=["faithdiff folder", "batch", "load images from folder", "directory", "bulk"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -53,13 +53,13 @@ class FaithDiffRestoreFolder(io.ComfyNode):
                 io.Combo.Input(
                     "folder",
                     options=input_folders(),
-                    tooltip="A folder in ComfyUI's input folder; those below it come along. A new one is listed when "
-                    "the page is refreshed (R).",
+                    tooltip="A folder in ComfyUI's input folder; its subfolders are included. A new one is listed "
+                    "when the page is refreshed (R).",
                 ),
                 io.String.Input(
                     "output_folder",
                     default="restored",
-                    tooltip="A folder in ComfyUI's output folder, made if need be. a.jpg becomes a.png there.",
+                    tooltip="A folder in ComfyUI's output folder, created if needed. a.jpg becomes a.png there.",
                 ),
                 io.Combo.Input(
                     "format",
@@ -71,13 +71,13 @@ class FaithDiffRestoreFolder(io.ComfyNode):
                     "existing",
                     options=list(EXISTING),
                     default=EXISTING[0],
-                    tooltip="skip: leave results that are there, so that a stopped run goes on where it was. "
-                    "overwrite: do all again.",
+                    tooltip="skip: keep existing results, so that an interrupted run continues where it stopped. "
+                    "overwrite: restore all again.",
                 ),
                 prepare["scale_by"],
                 prepare["longest_side"],
                 setting_input(
-                    "passes", "Reach the size in this many equal steps: two for 4x is more faithful than one."
+                    "passes", "Reach the size in this many equal enlargements: two for 4x are more faithful than one."
                 ),
                 *(sampler[name] for name in ("seed", "steps", "cfg", "sampler_name", "scheduler", "start_point")),
                 *(sampler[name] for name in ("tile_size", "overlap", "tile_batch")),
@@ -85,12 +85,14 @@ class FaithDiffRestoreFolder(io.ComfyNode):
                 io.Boolean.Input("keep_metadata", default=True, tooltip=KEEP_METADATA_TOOLTIP),
                 io.Boolean.Input("keep_location", default=True, tooltip=KEEP_LOCATION_TOOLTIP),
                 io.Boolean.Input(
-                    "embed_workflow", default=True, tooltip="Put the workflow into every file. The prompt is in it."
+                    "embed_workflow",
+                    default=True,
+                    tooltip="Put the workflow, which contains the prompt, into every file.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="With it, an image that has a caption NAME.txt beside it takes that as its prompt.",
+                    tooltip="With it, an image with a caption NAME.txt beside it takes that as its prompt.",
                 ),
                 sampler["strength"],
                 sampler["tile_grid"],

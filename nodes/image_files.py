@@ -16,10 +16,10 @@ from .errors import complaint, named_errors
 from .inputs import CATEGORY
 
 KEEP_METADATA_TOOLTIP = (
-    "Keep what the source says about the photograph: EXIF (camera, date, exposure), XMP and resolution. The colour "
+    "Keep the source's metadata: EXIF (camera, date, exposure), XMP and resolution. The colour "
     "profile stays in any case."
 )
-KEEP_LOCATION_TOOLTIP = "Off: leave out where the photograph was taken (GPS data and places), and keep the rest."
+KEEP_LOCATION_TOOLTIP = "Off: remove where the photograph was taken (GPS data and place names), and keep the rest."
 
 
 class FaithDiffLoadImage(io.ComfyNode):
@@ -31,9 +31,9 @@ class FaithDiffLoadImage(io.ComfyNode):
             node_id="FaithDiffLoadImage",
             display_name="FaithDiff Load Image",
             category=CATEGORY,
-            description="Loads an image at its full depth (16 bits too) and with its colours right (8-bit colours with "
-            "a profile become sRGB), upright, with its transparency as a mask. What the file says about the photograph "
-            "goes to FaithDiff Save Image.",
+            description="Loads an image at its full bit depth (16 bits too), upright, with its colours right (8-bit "
+            "colours with a profile become sRGB) and its transparency as a mask. The file's metadata goes to FaithDiff "
+            "Save Image.",
             search_aliases=["faithdiff load", "load image 16 bit", "load tiff", "exif", "metadata", "icc profile"],
             inputs=[
                 io.Combo.Input(
@@ -46,9 +46,11 @@ class FaithDiffLoadImage(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(display_name="image"),
-                io.Mask.Output(display_name="mask", tooltip="Transparency; 64 x 64 zeros without, like Load Image."),
+                io.Mask.Output(
+                    display_name="mask", tooltip="Transparency; 64 x 64 zeros if there is none, like Load Image."
+                ),
                 ImageSourceType.Output(
-                    display_name="source", tooltip="Name, depth, profile and metadata, for FaithDiff Save Image."
+                    display_name="source", tooltip="Name, bit depth, profile and metadata, for FaithDiff Save Image."
                 ),
             ],
         )
@@ -77,7 +79,7 @@ class FaithDiffSaveImage(io.ComfyNode):
             display_name="FaithDiff Save Image",
             category=CATEGORY,
             description="Saves PNG, JPEG, WebP or TIFF with 8 or 16 bits, transparency, and, with a source, its colour "
-            "profile, EXIF, XMP and resolution. The workflow goes into the file, so that it can be dragged back.",
+            "profile, EXIF, XMP and resolution. The file holds the workflow; png and webp can be dragged back.",
             search_aliases=["faithdiff save", "save jpg", "save webp", "save tiff", "save 16 bit", "exif", "metadata"],
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -86,8 +88,8 @@ class FaithDiffSaveImage(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="FaithDiff",
-                    tooltip="How the names begin, in ComfyUI's output folder; a number follows. %name% is the source's "
-                    "name; what Save Image knows (%date:yyyy-MM-dd%, %width%) works, too.",
+                    tooltip="Beginning of the file names, in ComfyUI's output folder; a number follows. %name% is the "
+                    "source's name; Save Image's placeholders (%date:yyyy-MM-dd%, %width%) work, too.",
                 ),
                 io.Combo.Input(
                     "format",
@@ -100,18 +102,18 @@ class FaithDiffSaveImage(io.ComfyNode):
                     "bits",
                     options=list(BITS),
                     default="source",
-                    tooltip="Per channel. `source`: 16 where the source has 16 and the format holds them, else 8.",
+                    tooltip="Bits per channel. `source`: 16 where the source has 16 and the format holds them, else 8.",
                 ),
-                io.Int.Input("quality", default=95, min=1, max=100, tooltip="Of jpg and webp."),
+                io.Int.Input("quality", default=95, min=1, max=100, tooltip="Of jpg and webp files."),
                 io.Boolean.Input("keep_metadata", default=True, tooltip=KEEP_METADATA_TOOLTIP),
                 io.Boolean.Input("keep_location", default=True, tooltip=KEEP_LOCATION_TOOLTIP),
                 io.Boolean.Input(
                     "embed_workflow",
                     default=True,
-                    tooltip="Put the workflow into the file, as Save Image does. The prompt is in it.",
+                    tooltip="Put the workflow, which contains the prompt, into the file, as Save Image does.",
                 ),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Transparency (FaithDiff Finish Image's mask). Zeros are none."
+                    "mask", optional=True, tooltip="Transparency (FaithDiff Finish Image's mask). All zeros: none."
                 ),
                 ImageSourceType.Input("source", optional=True, tooltip="From FaithDiff Load Image."),
             ],

@@ -58,7 +58,7 @@ def mask_inputs() -> list[io.Input]:
         io.Mask.Input(
             "restore_mask",
             optional=True,
-            tooltip="White is restored: the rest of the image stays as it was before.",
+            tooltip="White is restored; the rest of the image stays as it was.",
         ),
         io.Int.Input(
             "feather",

@@ -32,8 +32,8 @@ class FaithDiffModelLoader(io.ComfyNode):
                 io.Combo.Input(
                     "faithdiff_name",
                     options=faithdiff_files(),
-                    tooltip="FaithDiff.bin, the same as safetensors, an `_adapter` file made by `convert`, or a "
-                    "`_faithdiff_lora` file (adapter and LoRA). Looked for in models/faithdiff, models/model_patches "
+                    tooltip="FaithDiff.bin, the same weights as safetensors, an `_adapter` file made by `convert`, or "
+                    "a `_faithdiff_lora` file (adapter and LoRA). Searched in models/faithdiff, models/model_patches "
                     "and models/diffusion_models.",
                 ),
                 io.Combo.Input(
@@ -48,7 +48,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                     "model",
                     optional=True,
                     tooltip="Your own MODEL of the file's kind (published: SDXL), with or without LoRAs. "
-                    "The alignment goes onto it. Needed with an `_adapter` or `_faithdiff_lora` file.",
+                    "The alignment is added to it. Needed with an `_adapter` or `_faithdiff_lora` file.",
                 ),
                 io.Float.Input(
                     "unet_strength",
@@ -58,7 +58,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="With `model` connected: how far its U-Net is moved to FaithDiff's. 1 is FaithDiff's own "
-                    "weights (most faithful), 0 leaves yours (your style; follows the image less). LoRAs keep their "
+                    "weights (most faithful), 0 leaves yours (your style, less faithful). LoRAs keep their "
                     "full strength. With a `_faithdiff_lora` file: the strength of its LoRA. No effect without `model` "
                     "or with an `_adapter` file.",
                 ),
@@ -71,7 +71,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The alignment-patched MODEL."),
+                io.Model.Output(display_name="model", tooltip="The MODEL with the alignment."),
                 FaithDiffType.Output(display_name="faithdiff", tooltip="For FaithDiff LQ Encode."),
             ],
         )

@@ -22,25 +22,25 @@ class FaithDiffLQEncode(io.ComfyNode):
             node_id="FaithDiffLQEncode",
             display_name="FaithDiff LQ Encode",
             category=CATEGORY,
-            description="Reads what is in a low-quality image, already enlarged to the final size, with FaithDiff's "
-            "LQ encoder. The result is needed once for all seeds, prompts and samplers.",
+            description="Encodes a low-quality image, already enlarged to its final size, with FaithDiff's LQ encoder. "
+            "The LQ features serve all seeds, prompts and samplers.",
             search_aliases=["faithdiff encode", "lq encoder", "low quality features"],
             inputs=[
                 FaithDiffType.Input("faithdiff", tooltip="From FaithDiff Model Loader."),
                 io.Image.Input(
                     "pixels",
-                    tooltip="The enlarged low-quality image, sides multiples of 8 pixels: what FaithDiff Prepare "
-                    "Image gives. An alpha channel is left out.",
+                    tooltip="The enlarged low-quality image, sides multiples of 8 pixels: the output of FaithDiff "
+                    "Prepare Image. An alpha channel is ignored.",
                 ),
                 setting_input(
                     "encoder_tile",
                     "Pixels. Larger images are encoded in tiles of this side. Smaller tiles need less memory "
-                    "(ComfyUI reserves 3.5 GB at 1024 and 0.9 GB at 512 in bf16) and see less of the image at a time.",
+                    "(ComfyUI reserves 3.5 GiB at 1024, 0.9 GiB at 512 in bf16) and see less of the image at a time.",
                     "tile_size",
                 ),
                 setting_input(
                     "encoder_overlap",
-                    "Part of a tile that it shares with its neighbour. More hides seams, and takes longer.",
+                    "Fraction of a tile that it shares with its neighbour. More hides seams and takes longer.",
                     "overlap",
                 ),
                 io.Mask.Input(
@@ -57,7 +57,7 @@ class FaithDiffLQEncode(io.ComfyNode):
                     step=8,
                     optional=True,
                     advanced=True,
-                    tooltip="Pixels. How far around restore_mask features are needed: the sampler's tile_size.",
+                    tooltip="Pixels. How far around restore_mask features are needed: give the sampler's tile_size.",
                 ),
             ],
             outputs=[

@@ -22,14 +22,14 @@ class FaithDiffPrepareImage(io.ComfyNode):
             display_name="FaithDiff Prepare Image",
             category=CATEGORY,
             description="Enlarges low-quality images to their final size (Lanczos) and pads them so that VAE and LQ "
-            "encoder take them whole. FaithDiff Finish Image undoes the padding and brings back colours and alpha.",
+            "encoder take them whole. FaithDiff Finish Image crops the padding and restores colours and alpha.",
             search_aliases=["faithdiff resize", "upscale image", "pad image"],
             inputs=[
                 io.Image.Input("image", tooltip="The low-quality images. An alpha channel is kept in the frame."),
                 setting_input(
                     "scale",
-                    "Factor on both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, faces "
-                    "above all. 1 restores without enlarging.",
+                    "Enlargement of both sides. Published: 2; for 4 and more, two passes of 2 are more faithful, "
+                    "above all in faces. 1 restores without enlarging.",
                     "scale_by",
                 ),
                 io.Int.Input(
@@ -37,7 +37,7 @@ class FaithDiffPrepareImage(io.ComfyNode):
                     default=0,
                     min=0,
                     max=32768,
-                    tooltip="Pixels of the longer side instead of a factor; 0 is off.",
+                    tooltip="Pixels. Length of the longer side, instead of a factor; 0 is off.",
                 ),
                 io.Int.Input(
                     "multiple",
@@ -49,7 +49,9 @@ class FaithDiffPrepareImage(io.ComfyNode):
                     "ControlNets.",
                     advanced=True,
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Transparency (Load Image's MASK), carried to the end."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Transparency (Load Image's MASK), for FaithDiff Finish Image."
+                ),
                 setting_input(
                     "hdr",
                     "The published demo's HDR effect: more contrast in dark and bright parts before restoring. "
@@ -88,22 +90,22 @@ class FaithDiffFinishImage(io.ComfyNode):
             display_name="FaithDiff Finish Image",
             category=CATEGORY,
             description="Crops a restored image to its exact size, gives it the colours of the low-quality one, and "
-            "brings its transparency back.",
+            "restores its transparency.",
             search_aliases=["faithdiff color fix", "color correction", "adain", "wavelet"],
             inputs=[
                 io.Image.Input("image", tooltip="The decoded image."),
                 LQFrameType.Input("frame", tooltip="From FaithDiff Prepare Image."),
                 setting_input(
                     "color_fix",
-                    "adain: mean and contrast of each channel (published). wavelet: transfers low-frequency colour; "
-                    "local casts and stains come along. none: as the model made them.",
+                    "adain: mean and contrast of each channel (published). wavelet: transfers low-frequency colour, "
+                    "local casts and stains included. none: as the model made them.",
                 ),
                 *mask_inputs(),
             ],
             outputs=[
                 io.Image.Output(display_name="image"),
                 io.Mask.Output(
-                    display_name="mask", tooltip="Transparency, for Join Image with Alpha; zeros without one."
+                    display_name="mask", tooltip="Transparency, for Join Image with Alpha; zeros if there was none."
                 ),
             ],
         )

@@ -23,19 +23,19 @@ TILE_TOOLTIP = (
     "SD 1.5: 512); smaller tiles need less memory and see less of the image."
 )
 OVERLAP_TOOLTIP = (
-    "Part of a tile that it shares with its neighbour. 0.5 as published: no seams, about four times the work of 0. "
+    "Fraction of a tile that it shares with its neighbour. 0.5 as published: no seams, about four times the work of 0. "
     "With tile_grid `moving`: 0.125."
 )
 
 
 TILE_BATCH_TOOLTIP = (
-    "Tiles that go through the U-Net at once; 0 for as many as fit (up to 8). The result does not depend on it."
+    "Tiles that go through the U-Net at once; 0: as many as fit (up to 8). The result does not depend on it."
 )
 
 
 TILE_GRID_TOOLTIP = (
     "`fixed`: tiles lie at the same places in every step (published). `moving`: they move from step to step, so that "
-    "overlap 0.125 hides seams as well, in about half the time."
+    "an overlap of 0.125 hides seams, in about half the time."
 )
 
 
@@ -135,8 +135,8 @@ class FaithDiffSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Below 1: starts later, from the latent with that much less noise, and changes the image "
-                    "less (needs latent_image; start_point has no effect then).",
+                    tooltip="Below 1: starts later, from latent_image with less noise, and changes the image less "
+                    "(needs latent_image; start_point then has no effect).",
                 ),
                 *tile_inputs(),
                 io.Latent.Input(
@@ -157,8 +157,8 @@ class FaithDiffSampler(io.ComfyNode):
                     max=65535,
                     optional=True,
                     advanced=True,
-                    tooltip="Number of the one tile that is restored, row by row from 0, to judge the settings in a "
-                    "tile's time (needs latent_image, which it is placed into). -1: all tiles.",
+                    tooltip="Restores only the tile of this number, counted row by row from 0, to judge the settings "
+                    "quickly (needs latent_image, which the tile is placed into). -1: all tiles.",
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent")],

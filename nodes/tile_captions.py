@@ -24,13 +24,13 @@ class FaithDiffTileCaptions(io.ComfyNode):
             node_id="FaithDiffTileCaptions",
             display_name="FaithDiff Tile Captions",
             category=CATEGORY,
-            description="Cuts a large image into parts, so that a captioner describes each of them and tiles of the "
-            "sampler are told what is in them, not what is elsewhere.",
+            description="Cuts a large image into parts, so that a captioner describes each of them and the sampler's "
+            "tiles are prompted with what is in them, not with what is elsewhere.",
             search_aliases=["faithdiff tiles", "caption tiles", "tile prompt", "regional caption", "split image"],
             inputs=[
-                io.Image.Input("image", tooltip="The low-quality image; enlarged or not makes no difference."),
+                io.Image.Input("image", tooltip="The low-quality image; it may be enlarged or not."),
                 io.Int.Input("columns", default=2, min=1, max=MOST_PARTS, tooltip="Parts side by side."),
-                io.Int.Input("rows", default=2, min=1, max=MOST_PARTS, tooltip="Parts one below the other."),
+                io.Int.Input("rows", default=2, min=1, max=MOST_PARTS, tooltip="Parts one above the other."),
                 io.Int.Input(
                     "tile_size",
                     default=0,
@@ -46,8 +46,8 @@ class FaithDiffTileCaptions(io.ComfyNode):
                     max=MAX_OVERLAP,
                     step=0.05,
                     round=0.001,
-                    tooltip="Fraction of a part that it shares with its neighbour: the captioner sees what is on a "
-                    "border whole.",
+                    tooltip="Fraction of a part that it shares with its neighbour, so that the captioner sees objects "
+                    "on a border whole.",
                 ),
             ],
             outputs=[
@@ -75,9 +75,9 @@ class FaithDiffTileConditioning(io.ComfyNode):
             node_id="FaithDiffTileConditioning",
             display_name="FaithDiff Tile Conditioning",
             category=CATEGORY,
-            description="Makes one conditioning of the texts of an image's parts and the whole image's: in tiles, "
-            "fixed or moving, each tile gets the text of the parts that it overlaps. Works in every sampler; without "
-            "tiles, the whole image's text acts.",
+            description="Combines the captions of an image's parts and of the whole image into one conditioning: each "
+            "tile, fixed or moving, gets the captions of the parts that it overlaps. Works in every sampler; without "
+            "tiles, only the whole image's caption acts.",
             search_aliases=["faithdiff tiles", "tile prompt", "regional prompt", "caption tiles"],
             is_input_list=True,
             inputs=[
@@ -89,8 +89,8 @@ class FaithDiffTileConditioning(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "whole",
-                    tooltip="The whole image's text. ControlNets, masks and LoRA hooks on it, or applied afterwards, "
-                    "act on all tiles.",
+                    tooltip="The encoded caption of the whole image. ControlNets, masks and LoRA hooks on it, or "
+                    "applied afterwards, act on all tiles.",
                 ),
                 io.Float.Input(
                     "mix",
@@ -98,7 +98,7 @@ class FaithDiffTileConditioning(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Share of the parts' texts. 0: the whole image's alone. 1: the parts' alone; tiles may "
+                    tooltip="Share of the parts' captions. 0: only the whole image's. 1: only the parts'; tiles may "
                     "then differ in style.",
                 ),
             ],

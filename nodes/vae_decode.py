@@ -35,16 +35,16 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
                 ),
                 setting_input(
                     "vae_tile",
-                    "Pixels. Images no larger are decoded in one piece. Smaller tiles need less memory (ComfyUI "
-                    "reserves 4.3 GB at 1024 and 1.1 GB at 512 in half precision) and take a little longer.",
+                    "Pixels. Larger images are decoded in tiles of this side. Smaller tiles need less memory (ComfyUI "
+                    "reserves 4.3 GiB at 1024 and 1.1 GiB at 512 in half precision) and take a little longer.",
                     "tile_size",
                 ),
-                setting_input("encoder_overlap", "Part of a tile that it shares with its neighbour.", "overlap"),
+                setting_input("encoder_overlap", "Fraction of a tile that it shares with its neighbour.", "overlap"),
                 *mask_inputs(),
                 io.Image.Input(
                     "original",
                     optional=True,
-                    tooltip="With restore_mask: the image that VAE Encode got. Outside the mask it is passed through.",
+                    tooltip="With restore_mask: the image that VAE Encode got. Outside the mask it is kept.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image")],

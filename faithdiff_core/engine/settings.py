@@ -62,14 +62,23 @@ class RestoreSettings:
     """
 
     size: tuple[int, int] | None = None
-    scale: float = factor(DEFAULT_SCALE, "factor on both sides", group="size", host_range=(0.05, 16.0))
-    steps: int = whole(DEFAULT_STEPS, "1 to 1000", maximum=TRAIN_STEPS, group="method")
+    scale: float = factor(DEFAULT_SCALE, "enlargement of both sides", group="size", host_range=(0.05, 16.0))
+    steps: int = whole(DEFAULT_STEPS, "sampling steps, 1 to 1000", maximum=TRAIN_STEPS, group="method")
     cfg: float = real(
-        DEFAULT_CFG, "guidance, 1 is off", minimum=1.0, maximum=MAX_CFG, group="method", host_range=(0.0, 100.0)
+        DEFAULT_CFG,
+        "guidance scale, 1 (off) to 20",
+        minimum=1.0,
+        maximum=MAX_CFG,
+        group="method",
+        host_range=(0.0, 100.0),
     )
-    start: StartPoint | str = choice(StartPoint.LR, "start point", group="method")  # noqa: RUF009
-    color_fix: ColorFix | str = choice(ColorFix.ADAIN, "colours of the input", group="method")  # noqa: RUF009
-    tile: int = tile_side(TILE_SIZE, "side, a multiple of 8", host_range=(MIN_TILE, LARGEST_HOST_TILE))
+    start: StartPoint | str = choice(  # noqa: RUF009
+        StartPoint.LR, "what sampling starts from: lr is noise with a trace of the input", group="method"
+    )
+    color_fix: ColorFix | str = choice(  # noqa: RUF009
+        ColorFix.ADAIN, "colour correction towards the input", group="method"
+    )
+    tile: int = tile_side(TILE_SIZE, "side of a tile, a multiple of 8", host_range=(MIN_TILE, LARGEST_HOST_TILE))
     overlap: float = overlap_fraction(TILE_OVERLAP, "fraction of a tile, 0 to 0.9")
     tile_batch: int = whole(1, "tiles in one U-Net call", group="tiles", host_range=(0, 64), host_default=0)
     encoder_tile: int | None = tile_side(
@@ -82,7 +91,7 @@ class RestoreSettings:
     strength: float = real(
         1.0, "LQ conditioning strength; 0 disables it", minimum=0.0, group="method", host_range=(0.0, 10.0)
     )
-    passes: int = whole(1, "reach the size in N equal steps", group="method", host_range=(1, 8))
+    passes: int = whole(1, "reach the size in N equal enlargements", group="method", host_range=(1, 8))
     tile_grid: TileGridKind | str = choice(  # noqa: RUF009
         TileGridKind.FIXED,
         f"moving: tiles move from step to step, and --overlap {MOVING_OVERLAP:g} suffices, for half the time",
