@@ -52,7 +52,7 @@ class Command:
 COMMANDS = {
     "restore": Command("restore images with a checkpoint (published: SDXL) and FaithDiff", "restore"),
     "convert": Command("split FaithDiff.bin into a U-Net and a small adapter", "convert"),
-    "merge": Command("add what FaithDiff learned to a checkpoint of your own", "merge"),
+    "merge": Command("add what FaithDiff learned to your own checkpoint", "merge"),
     "extract-lora": Command("write what FaithDiff learned as a LoRA for SDXL checkpoints", "extract_lora"),
     "info": Command("say what a weights file is and what it holds", "info"),
     "train": Command("train FaithDiff, or a LoRA for it", "train", extra="train"),

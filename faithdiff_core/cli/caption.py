@@ -14,7 +14,7 @@ from ..errors import FaithDiffError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `caption`."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, sub-folders included")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, subfolders included")
     parser.add_argument(
         "--model",
         required=True,
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help=f"longest answer ({MAX_NEW_TOKENS})"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace captions that are there (kept without it)")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing captions (kept otherwise)")
     parser.add_argument("--device", default="cpu", help="where the model runs (cpu)")
 
 

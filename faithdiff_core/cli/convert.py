@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Split a FaithDiff file into NAME_unet.safetensors, which loads as any U-Net of its kind does, and\n"
         "NAME_adapter.safetensors with the LQ encoder and the alignment. Memory stays below 1.5 GB."
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="FaithDiff.bin, or the same as safetensors")
+    parser.add_argument("file", type=Path, metavar="FILE", help="FaithDiff.bin, or the same weights as safetensors")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to (beside FILE)")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp16", help="of the U-Net; with fp8 the adapter is kept in fp16 (fp16)"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prediction", choices=PREDICTIONS, help="what the U-Net predicts, where a file for SD 2.1 does not say it"
     )
-    parser.add_argument("--force", action="store_true", help="overwrite files that are there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 

@@ -29,10 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT", help="the file or folder to write (PNG)"
     )
-    parser.add_argument("--config", type=Path, metavar="YAML", help="ranges to draw from (the paper's unless given)")
-    parser.add_argument(
-        "--scale", type=int, metavar="N", help="how many times smaller; the configuration's unless given"
-    )
+    parser.add_argument("--config", type=Path, metavar="YAML", help="ranges to draw from (the paper's)")
+    parser.add_argument("--scale", type=int, metavar="N", help="how many times smaller (the configuration's)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws (0)")
     parser.add_argument("--enlarge", action="store_true", help="bring the result back to the input's size (Lanczos)")
 

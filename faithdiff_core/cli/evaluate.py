@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--channel", choices=("rgb", "y"), help="of psnr and ssim; without it as published: psnr over RGB, ssim on Y"
     )
     parser.add_argument(
-        "--border", type=int, default=0, metavar="N", help="pixels cut off before comparing with references (0)"
+        "--border",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pixels cropped at each side before comparing with references (0)",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all scores to a CSV file too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores to a JSON file too")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Write what FaithDiff learned, FAITHDIFF - BASE, as a LoRA: a tenth of the U-Net's size, for any SDXL\n"
         "checkpoint. ComfyUI, diffusers and programs that read kohya's format load it. With --adapter, the file holds\n"
         "FaithDiff's adapter too: FaithDiff Model Loader and `restore --faithdiff` take it with any SDXL model.\n"
-        "Interrupted, the same command goes on where it was."
+        "If interrupted, the same command continues where it stopped."
     )
     parser.add_argument("faithdiff", type=Path, metavar="FAITHDIFF", help="FaithDiff.bin, or the `_unet` file")
     parser.add_argument(
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--energy",
         type=float,
         metavar="SHARE",
-        help="take fewer in layers where they keep this share of the squared difference, such as 0.95",
+        help="use fewer in layers where they keep this share of the squared difference, such as 0.95",
     )
     parser.add_argument(
         "--differences",
@@ -49,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_ranks,
         default=REPORT_RANKS,
         metavar="A,B,...",
-        help=f"report errors and sizes for these ({','.join(map(str, REPORT_RANKS))})",
+        help=f"report errors and sizes for these ranks ({','.join(map(str, REPORT_RANKS))})",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the error of each layer as CSV")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the errors by rank as PNG (needs matplotlib)")
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing output")
     parser.add_argument("--quiet", action="store_true", help="no progress and no table")
 
 

@@ -28,7 +28,7 @@ _KINDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `info`."""
     parser.add_argument("file", type=Path, metavar="FILE", help="a weights file")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from .progress_line import ProgressLine
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `merge`."""
     parser.description = (
-        "Add what FaithDiff learned to a checkpoint of your own, SDXL for the published weights:\n"
+        "Add what FaithDiff learned to your own checkpoint, SDXL for the published weights:\n"
         "  merged = CHECKPOINT + strength * (FAITHDIFF - BASE)\n"
         "The result keeps the checkpoint's style. Use it with FaithDiff's adapter file."
     )
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--strength", type=float, default=1.0, help="factor on the difference, 0 to 2 (1)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged U-Net (the checkpoint's)")
-    parser.add_argument("--force", action="store_true", help="overwrite what is there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing output")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 

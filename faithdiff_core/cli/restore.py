@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"a folder or its URL; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
     )
     parser.add_argument(
-        "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="of files in a folder (png)"
+        "--format", choices=("png", "jpg", "webp", "tif"), default="png", help="file format in a folder (png)"
     )
     add_metadata_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="overwrite existing outputs")
@@ -79,14 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "images, a folder with masks of the same names",
     )
     part.add_argument(
-        "--feather", type=int, default=FEATHER, metavar="PX", help=f"width of the soft edge around it ({FEATHER})"
+        "--feather", type=int, default=FEATHER, metavar="PX", help=f"width of the mask's soft edge ({FEATHER})"
     )
     method = parser.add_argument_group("method")
     tiles = parser.add_argument_group("tiles")
     for name, what in described(RestoreSettings).items():
         if what.group in ("method", "tiles"):
             add_option(method if what.group == "method" else tiles, RestoreSettings, name)
-    method.add_argument("--seed", type=int, default=0, metavar="N", help="the same for every image (0)")
+    method.add_argument("--seed", type=int, default=0, metavar="N", help="noise, the same for every image (0)")
     add_scheduler_option(method)
 
 
@@ -120,10 +120,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument("--vae", type=Path, metavar="FILE", help="another VAE; in fp16 take the fp16-fix VAE")
     model.add_argument(
-        "--lora", type=_lora, action="append", default=[], metavar="FILE[:WEIGHT]", help="may be given several times"
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="LoRA, more than one if repeated",
     )
-    model.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="to compute in (auto)")
-    model.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="to compute on (auto)")
+    model.add_argument("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="precision (auto)")
+    model.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device to run on (auto)"
+    )
     model.add_argument(
         "--offload",
         choices=("none", "model", "sequential"),
@@ -154,21 +161,21 @@ def add_size_options(parser: argparse.ArgumentParser, **changes: Any) -> None:
     """The size of results; `changes` replace argparse's arguments of `--scale`."""
     size = parser.add_argument_group("size").add_mutually_exclusive_group()
     add_option(size, RestoreSettings, "scale", **{"default": None, **changes})
-    size.add_argument("--longest-side", type=int, metavar="PX", help="pixels of the longer side")
-    size.add_argument("--megapixels", type=float, metavar="MP", help="area in millions of pixels")
+    size.add_argument("--longest-side", type=int, metavar="PX", help="length of the longer side")
+    size.add_argument("--megapixels", type=float, metavar="MP", help="area of the result in millions of pixels")
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Prompts and captions."""
     text = parser.add_argument_group("text")
-    text.add_argument("--prompt", default="", help="what the images show; helps, but may be left out")
+    text.add_argument("--prompt", default="", help="what the images show; optional, but helps")
     text.add_argument(
         "--negative-prompt", default="", metavar="PROMPT", help="what they do not show (empty, as published)"
     )
     text.add_argument(
         "--captions",
         action="store_true",
-        help="take the prompt from NAME.txt beside each image; --prompt where none is",
+        help="take the prompt from NAME.txt beside each image; --prompt where there is none",
     )
     text.add_argument(
         "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"

@@ -86,7 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", metavar="LIST", help="as for `evaluate` (all of its own that the reference allows, and blur)"
     )
     out.add_argument(
-        "--border", type=int, default=0, metavar="N", help="pixels cut off before comparing with references (0)"
+        "--border",
+        type=int,
+        default=0,
+        metavar="N",
+        help="pixels cropped at each side before comparing with references (0)",
     )
     out.add_argument("--plot", metavar="X,Y", help="metrics of the plot (fidelity and perceptual, as far as measured)")
     out.add_argument("--cell", type=int, default=CELL, metavar="PX", help=f"side of the sheet's cells ({CELL})")
