@@ -272,7 +272,7 @@ class TestRestore:
         assert found == {
             (): ("CW 5", True, True, 300),
             ("--strip-location",): ("CW 5", False, True, 300),
-            ("--strip-metadata",): (None, False, False, None),
+            ("--strip-metadata",): (None, False, False, 72),  # TIFF requires one; 72 says that none is known
         }
 
     def test_transparency_and_jpeg_is_found_out_first(

@@ -269,6 +269,8 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     expect(host, "nearest size that works is 104", name, **(sampler | {"tile_size": 101, "latent_image": latent}))
     expect(host, "steps / denoise", name, **(sampler | {"steps": 600, "denoise": 0.5, "latent_image": latent}))
     broken = {"samples": torch.full((1, 4, 8, 12), float("nan"))}
+    expect(host, "latent_image has values that are NaN", name, **(sampler | {"latent_image": broken}))
+    broken = {"samples": torch.full((1, 4, 8, 12), 1e38)}  # overflows in the U-Net
     expect(host, "weight_dtype bf16 or fp32", name, **(sampler | {"latent_image": broken}))
     odd = images(60, 64)
     expect(
