@@ -44,6 +44,7 @@ ROWS = (
     Row(
         "peers", "beside ControlNet, ControlNet-XS and UltimateSDUpscale (Tables 7 and 8)", rows_peers.rows, "diffusers"
     ),
+    Row("tile-grid-time", "a whole restoration in moving tiles", rows_grid.time_rows, on_gpu=False),
     Row("tile-grid", "moving tiles against the published grid, on photographs", rows_grid.rows, on_gpu=False),
     Row("import", "start-up", rows_files.start, on_gpu=False),
     Row("files", "loading and converting against reading and copying", rows_files.files, on_gpu=False),
