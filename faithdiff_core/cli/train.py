@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from ..training.start import train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)  # to the stderr of now
     logging.getLogger("accelerate").setLevel(logging.WARNING)  # it lists every file of a checkpoint
     return 0 if train(read_config(args.config)).finished else 130
 
