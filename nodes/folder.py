@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .bridge.folder_run import EXISTING, FolderRun, restore_folder
 from .bridge.graph_types import AdapterModels, FaithDiffType
-from .bridge.image_files import FORMATS, graph_entries, input_folder, input_folders
+from .bridge.image_files import EXISTING, FORMATS, graph_entries, input_folder, input_folders
 from .bridge.lq_conditioning import Conditioning
 from .bridge.sampling_run import Tiling
 from .errors import complaint, named_errors
@@ -156,6 +155,9 @@ class FaithDiffRestoreFolder(io.ComfyNode):
         encoder_tile: int = 1024,
         vae_tile: int = 1024,
     ) -> io.NodeOutput:
+        # Here, not above: it needs the tiled decode and the image files' readers and writers, which take long to import.
+        from .bridge.folder_run import FolderRun, restore_folder
+
         run = FolderRun(
             model=model,
             faithdiff=faithdiff,

@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
 
-EXISTING = ("skip", "overwrite")
-"""What to do where a result is there already."""
-
-
 class PassNoise:
     """A NOISE for one image: each pass goes on drawing where the last one stopped, as the engine does.
 
@@ -159,7 +155,7 @@ def restore_folder(
         folder: below ComfyUI's input folder.
         output_folder: below ComfyUI's output folder.
         suffix: ending of the results.
-        existing: one of `EXISTING`.
+        existing: one of `image_files.EXISTING`.
 
     Returns:
         A report (counts, then a line for each image that failed and for each note), and the files that were written, as

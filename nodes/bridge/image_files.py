@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import folder_paths
@@ -20,16 +20,21 @@ from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.images.formats import read_content, read_suffixes
 from ...faithdiff_core.images.geometry import resize_lanczos
 from ...faithdiff_core.images.metadata import Metadata
-from ...faithdiff_core.images.reading import LoadedImage, decode_image
-from ...faithdiff_core.images.writing import DEEP_SUFFIXES, WRITE_SUFFIXES, save_image
 from .checks import check_image
 from .graph_types import ImageSource
 from .step_progress import show_text
+
+# Readers and writers take long to import, so that happens where an image is read or written.
+if TYPE_CHECKING:
+    from ...faithdiff_core.images.reading import LoadedImage
 
 FORMATS = ("png", "jpg", "webp", "tif")
 """What is written, as endings."""
 
 BITS = ("source", "8", "16")
+
+EXISTING = ("skip", "overwrite")
+"""What to do where a result of a folder is there already."""
 
 SOURCE_NAME = "%name%"
 """Stands for the source's name in a file name."""
@@ -123,6 +128,8 @@ def load(name: str) -> tuple[Tensor, Tensor, ImageSource]:
     Raises:
         FaithDiffError: it cannot be read.
     """
+    from ...faithdiff_core.images.reading import decode_image
+
     path = image_path(name)
     image = decode_image(read_content(path), path.name)
     device = comfy.model_management.intermediate_device()
@@ -164,6 +171,8 @@ def bits_of(choice: str, source: ImageSource, suffix: str) -> int:
     Raises:
         SettingsError: 16 for a format that has 8.
     """
+    from ...faithdiff_core.images.writing import DEEP_SUFFIXES
+
     deep = suffix in DEEP_SUFFIXES
     if choice == "16" and not deep:
         raise SettingsError(f"{suffix[1:]} has 8 bits per channel. Choose png or tif for 16, or bits `source` or 8.")
@@ -199,6 +208,9 @@ def save(
     Raises:
         FaithDiffError: the format cannot hold the image, or the mask does not belong to it.
     """
+    from ...faithdiff_core.images.reading import LoadedImage
+    from ...faithdiff_core.images.writing import WRITE_SUFFIXES, save_image
+
     assert suffix in WRITE_SUFFIXES
     images = check_image(images, "images")
     if SOURCE_NAME in prefix and not source.name:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import folder_paths
 
 from ...faithdiff_core.dtypes import COMPUTE_DTYPES
 from ...faithdiff_core.errors import SaveError
-from ...faithdiff_core.weights.lora_extraction import Differences, ExtractionSettings, extract_lora
 from .folders import base_path, faithdiff_path
 from .step_progress import show_text, work_progress
+
+if TYPE_CHECKING:
+    from ...faithdiff_core.weights.lora_extraction import Differences
 
 DTYPES = tuple(sorted(COMPUTE_DTYPES, key=lambda name: name != "fp16"))
 """Of a saved file, the default first."""
@@ -49,6 +52,9 @@ def save_lora(
         SettingsError: a setting is out of range, or the disk is full.
         SaveError: the name leads out of the output folder.
     """
+    # Here, not above: few start ComfyUI to extract, and it takes long to import.
+    from ...faithdiff_core.weights.lora_extraction import ExtractionSettings, extract_lora
+
     with_adapter, differences, folder, suffix = CONTENTS[contents]
     if not Path(filename_prefix).parent.name:
         filename_prefix = f"{folder}/{filename_prefix}"
