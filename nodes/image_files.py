@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from .bridge.graph_types import ImageSource, ImageSourceType
-from .bridge.image_files import BITS, FORMATS, fingerprint, graph_entries, image_path, input_images, kept_metadata
+from .bridge.image_files import BITS, FORMATS, fingerprint, graph_entries, image_path, input_images
 from .bridge.image_files import load as load_image
 from .bridge.image_files import save as save_images
 from .bridge.step_progress import show_text
@@ -138,7 +138,7 @@ class FaithDiffSaveImage(io.ComfyNode):
         source = source or ImageSource()
         results, notes = save_images(
             images,
-            replace(source, metadata=kept_metadata(source.metadata, keep_metadata, keep_location)),
+            replace(source, metadata=source.metadata.kept(keep_metadata, keep_location)),
             mask,
             prefix=filename_prefix,
             suffix=f".{format}",

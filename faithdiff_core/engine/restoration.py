@@ -21,7 +21,6 @@ from ..captions.trim import trim_caption
 from ..errors import ImageError
 from ..images.geometry import resize_lanczos, target_size
 from ..images.masks import load_mask
-from ..images.metadata import Metadata
 from ..images.reading import LoadedImage, load_image
 from ..images.region import FEATHER
 from ..images.writing import check_output, encode_image
@@ -242,9 +241,7 @@ class Restoration:
                 f"gives 16 pixels or more."
             ) from error
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
-        kept = image.metadata if self.metadata else Metadata()
-        if not self.location:
-            kept = kept.without_location()
+        kept = image.metadata.kept(self.metadata, self.location)
         restored = replace(image, colors=result[0], alpha=alpha, metadata=kept)
         recipe = {**self.recipe(name, image, prompt), **(also_record or {})}
         text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}

@@ -33,6 +33,12 @@ class Metadata:
     xmp: bytes | None = None
     dpi: tuple[float, float] | None = None
 
+    def kept(self, everything: bool, location: bool) -> Metadata:
+        """What a result takes over: all, all without the location, or nothing."""
+        if not everything:
+            return Metadata()
+        return self if location else self.without_location()
+
     def without_location(self) -> Metadata:
         """The same without where the photograph was taken: GPS data, and places in XMP."""
         exif, xmp = self.exif, self.xmp

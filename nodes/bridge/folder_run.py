@@ -29,7 +29,7 @@ from ...faithdiff_core.images.reading import load_image
 from ...faithdiff_core.images.writing import check_output, save_image
 from .frames import finish
 from .graph_types import AdapterModels, LQFrame
-from .image_files import below, input_folder, kept_metadata
+from .image_files import below, input_folder
 from .lq_conditioning import Conditioning
 from .model_loading import encode_lq
 from .restoration import restore
@@ -39,6 +39,7 @@ from .vae_tiles import decode_in_tiles
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import CLIP, VAE
+
 
 class PassNoise:
     """A NOISE for one image: each pass goes on drawing where the last one stopped, as the engine does.
@@ -115,7 +116,7 @@ class FolderRun:
             image,
             colors=colors[0],
             alpha=None if alpha is None else resize_lanczos(alpha, height, width)[0],
-            metadata=kept_metadata(image.metadata, self.keep_metadata, self.keep_location),
+            metadata=image.metadata.kept(self.keep_metadata, self.keep_location),
         )
         return (*image.notes, *save_image(job.target, result, entries=self.entries))
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.images.formats import read_content, read_suffixes
 from ...faithdiff_core.images.geometry import resize_lanczos
-from ...faithdiff_core.images.metadata import Metadata
 from .checks import check_image
 from .graph_types import ImageSource
 from .step_progress import show_text
@@ -156,13 +155,6 @@ def graph_entries(hidden: Any) -> dict[str, str]:
         return {}
     entries = {} if hidden.prompt is None else {"prompt": json.dumps(hidden.prompt)}
     return entries | {key: json.dumps(value) for key, value in (hidden.extra_pnginfo or {}).items()}
-
-
-def kept_metadata(metadata: Metadata, keep: bool, location: bool) -> Metadata:
-    """Metadata for a result: all, all without the location, or none."""
-    if not keep:
-        return Metadata()
-    return metadata if location else metadata.without_location()
 
 
 def bits_of(choice: str, source: ImageSource, suffix: str) -> int:
