@@ -24,10 +24,12 @@ from ..evaluation.scores import image_files, score_image
 from ..evaluation.sweep import Axis, Layout, Point, SweepResult, digest_of, file_stem, mean_score, point_label, points
 from ..evaluation.sweep_tables import sweep_csv, sweep_markdown
 from ..evaluation.tradeoff import FIDELITY, PERCEPTUAL, plot_tradeoff
+from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import left_out_note
 from ..images.geometry import target_size
+from ..images.names import folder_problem
 from ..images.reading import load_image
-from .jobs import Job, Report, attempt, find_jobs, folder_problem, left_out, possible
+from .jobs import attempt
 from .restore import (
     add_metadata_options,
     add_model_options,
@@ -228,9 +230,8 @@ class _Sweep:
     def _file(self, job: Job, point: Point, seed: int) -> Path:
         return job.target.with_suffix("") / f"{file_stem(self.axes, point, seed)}.png"
 
-    def _digest(self, restoration: Restoration, source: Path) -> str:
-        """Changes with anything that changes the result: input, caption, settings, models."""
-        content = hashlib.sha256(source.read_bytes()).hexdigest()
+    def _digest(self, restoration: Restoration, source: Path, content: str) -> str:
+        """Changes with anything that changes the result: input (by its digest), caption, settings, models."""
         return digest_of(restoration.digest, restoration.prompt_for(source), content, self._identity)
 
     def restore(self) -> int:
@@ -242,12 +243,14 @@ class _Sweep:
         todo: list[tuple[Job, Restoration, str, str]] = []
         total = 0
         for job in self.good:
+            content = ""
             for point in points(self.axes):
                 for seed in self.seeds:
                     total += 1
                     restoration, file = self._at(point, seed), self._file(job, point, seed)
                     try:
-                        digest = self._digest(restoration, job.source)
+                        content = content or _content(job.source)
+                        digest = self._digest(restoration, job.source, content)
                     except (FaithDiffError, OSError) as error:
                         self.failures[file] = str(error)
                         continue
@@ -287,7 +290,7 @@ class _Sweep:
         for job in self.jobs:
             name = self._name(job)
             reference = self.references.get(name)
-            truth = "" if reference is None else hashlib.sha256(reference.read_bytes()).hexdigest()
+            truth = "" if reference is None else _content(reference)
             for point in points(self.axes):
                 for seed in self.seeds:
                     file = self._file(job, point, seed)
@@ -363,6 +366,11 @@ class _Sweep:
         content = io.BytesIO()
         plot_tradeoff(Layout.of(axes), means, self.plot, lower, default).savefig(content, format="png")
         write_atomically(self.output / PLOT, content.getvalue())
+
+
+def _content(file: Path) -> str:
+    """The digest of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _recorded_digest(file: Path) -> str | None:
