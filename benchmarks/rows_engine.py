@@ -79,7 +79,7 @@ def restoration(settings: Settings) -> Iterator[Result]:
             return pipeline.sample(features, text, noise, lq_latent=latent, steps=settings.steps)
 
         def plain(noise: Tensor = noise, size: int = size) -> Any:
-            return plain_sdxl(pipeline.sdxl, text, noise, size, settings.steps)
+            return plain_sdxl(pipeline.base, text, noise, size, settings.steps)
 
         times = interleaved(
             settings,
@@ -262,7 +262,7 @@ def published_sample(
     weights = gaussian_weights(grid.tile_height, grid.tile_width).to(device, torch.float32)
     embeds, pooled = text.guided_rows([0])
     crop: list[Tensor] = []
-    handle = pipeline.sdxl.unet.conv_in.register_forward_hook(lambda module, inputs, h: alignment(h, crop[0]))
+    handle = pipeline.base.unet.conv_in.register_forward_hook(lambda module, inputs, h: alignment(h, crop[0]))
     try:
         for t in scheduler.timesteps:
             total, count = torch.zeros_like(x), torch.zeros_like(x)
@@ -271,7 +271,7 @@ def published_sample(
                 crop[:] = [one.crop(features).to(device, dtype).repeat(2, 1, 1, 1)]
                 ids = tile_time_ids(grid.height, grid.width, one.top, one.left, grid.tile_pixels)
                 time_ids = torch.tensor([ids] * 2, device=device, dtype=dtype)
-                eps = pipeline.sdxl.unet(
+                eps = pipeline.base.unet(
                     own.scale_model_input(latent.repeat(2, 1, 1, 1), t).to(dtype),
                     t,
                     encoder_hidden_states=embeds,

@@ -101,7 +101,7 @@ def quality(settings: Settings, pipeline: Any, tile: int, sampler: str, grids: t
     demo = _demo()
     names = demo.HELD_OUT[1:3] if settings.quick else demo.HELD_OUT
     steps = demo.read_yaml(DEMO / "restore.yaml")["steps"]
-    pipeline.sdxl.scheduler = make_scheduler(sampler)
+    pipeline.base.scheduler = make_scheduler(sampler)
     last = float(sampling_sigmas(steps)[-2])
     photographs = list(demo.held_out(names))
     whole = [demo.restore(pipeline, one.low, tile=4096) for one in photographs]
@@ -135,7 +135,7 @@ def quality(settings: Settings, pipeline: Any, tile: int, sampler: str, grids: t
 def timing(settings: Settings, pipeline: Any) -> Result:
     """A whole restoration of a large image in tiles, both ways in turns."""
     demo = _demo()
-    pipeline.sdxl.scheduler = make_scheduler()
+    pipeline.base.scheduler = make_scheduler()
     (photograph,) = demo.held_out(demo.HELD_OUT[:1])
     low = photograph.low.resize((LARGE // 2, LARGE // 2))
     steps = 2 if settings.quick else DEFAULT_STEPS

@@ -15,12 +15,14 @@ import numpy as np
 
 from ..atomic import write_atomically
 from ..cli import EXIT_FAILED
+from ..engine.restoration import Progress
 from ..errors import SettingsError
+from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import left_out_note
 from ..images.reading import load_image
 from ..training.degradation import DegradationConfig, degrade, to_image
 from ..training.yaml_config import build, read_yaml
-from .jobs import Job, Progress, Report, attempt, find_jobs, left_out, possible
+from .jobs import attempt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

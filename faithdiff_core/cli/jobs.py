@@ -8,11 +8,8 @@ from collections.abc import Callable, Sequence
 
 from ..engine.restoration import Progress
 from ..errors import reason_of
-from ..images.batch import Job, Report, find_jobs, left_out, possible
-from ..images.names import folder_problem
+from ..images.batch import Job, Report
 from .progress_line import ProgressLine
-
-__all__ = ["Job", "Progress", "Report", "attempt", "find_jobs", "folder_problem", "left_out", "possible"]
 
 
 def attempt(job: Job, work: Callable[[Job, Progress], Sequence[str]], report: Report, label: str, quiet: bool) -> None:

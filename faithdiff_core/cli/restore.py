@@ -18,12 +18,13 @@ from ..engine.restoration import ModelFiles, Progress, Restoration, attribution_
 from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
+from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import left_out_note
 from ..images.geometry import check_positive
 from ..images.masks import find_masks
 from ..images.region import FEATHER
 from ..images.writing import WRITE_SUFFIXES
-from .jobs import Job, Report, attempt, find_jobs, left_out, possible
+from .jobs import attempt
 
 _EXAMPLES = """
 examples:

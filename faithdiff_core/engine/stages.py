@@ -53,11 +53,6 @@ class Stages:
     condition_budget: int
 
     @property
-    def sdxl(self) -> Any:
-        """The base under the name that it had while SDXL was the only backbone."""
-        return self.base
-
-    @property
     def dtype(self) -> torch.dtype:
         """What the U-Net computes in."""
         dtype: torch.dtype = self.base.unet.dtype

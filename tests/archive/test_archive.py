@@ -23,10 +23,10 @@ from faithdiff_core.archive.summary import write_summary
 from faithdiff_core.archive.work_list import Item, WorkList
 from faithdiff_core.archive.worker import Worker, is_out_of_memory, recorded_recipe, smaller_tiles
 from faithdiff_core.cli import main
-from faithdiff_core.cli.jobs import find_jobs
 from faithdiff_core.engine import RestoreSettings
 from faithdiff_core.engine.restoration import ModelFiles, Restoration
 from faithdiff_core.errors import SettingsError
+from faithdiff_core.images.batch import find_jobs
 from faithdiff_core.images.reading import decode_image
 
 if TYPE_CHECKING:

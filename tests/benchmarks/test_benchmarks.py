@@ -110,7 +110,7 @@ def test_the_published_loop_computes_what_the_engine_does() -> None:
     expected = rows_engine.published_sample(pipeline, published, features, text, noise, 2, 64)
     result = pipeline.sample(features, text, noise, steps=2, start="noise", tile=64)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
-    plain = rows_engine.plain_sdxl(pipeline.sdxl, text, torch.randn(1, 4, 8, 8), 64, 2)
+    plain = rows_engine.plain_sdxl(pipeline.base, text, torch.randn(1, 4, 8, 8), 64, 2)
     assert plain.shape == (1, 4, 8, 8)
 
 

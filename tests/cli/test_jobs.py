@@ -14,8 +14,9 @@ from PIL import Image
 from faithdiff_core.atomic import write_atomically
 from faithdiff_core.captions.files import caption_beside
 from faithdiff_core.cli import main
-from faithdiff_core.cli.jobs import Job, Report, attempt, find_jobs, left_out, possible
+from faithdiff_core.cli.jobs import attempt
 from faithdiff_core.errors import ImageError
+from faithdiff_core.images.batch import Job, Report, find_jobs, left_out, possible
 
 
 def _image(path: Path, side: int = 40) -> Path:

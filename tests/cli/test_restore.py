@@ -20,10 +20,10 @@ from support.photographs import photograph
 
 from faithdiff_core.cli import COMMANDS, main
 from faithdiff_core.cli import restore as restore_command
-from faithdiff_core.cli.jobs import Job, find_jobs
 from faithdiff_core.engine import RestoreSettings, restoration
 from faithdiff_core.engine.description import option
 from faithdiff_core.errors import SettingsError
+from faithdiff_core.images.batch import Job, find_jobs
 from faithdiff_core.images.geometry import resize_lanczos
 from faithdiff_core.images.reading import load_image
 from faithdiff_core.weights.conversion import convert

@@ -58,7 +58,7 @@ def test_batches_change_nothing(pipeline: FaithDiffPipeline, golden: Golden, tex
 
 def test_tiles_lie_where_the_grids_say(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     seen: list[list[int]] = []
-    handle = pipeline.sdxl.unet.register_forward_hook(
+    handle = pipeline.base.unet.register_forward_hook(
         lambda _m, _a, kwargs, _o: seen.append(kwargs["added_cond_kwargs"]["time_ids"][0, 2:4].int().tolist()),
         with_kwargs=True,
     )
@@ -78,7 +78,7 @@ def test_conditions_of_moved_tiles_are_forgotten(
     """Two steps fit into a budget of one: nothing stays of the first."""
     expected = sample(pipeline, golden, text, [0], 4)
     monkeypatch.setattr(pipeline, "condition_budget", 16 * 32 * 12 * 12 * 4)
-    pipeline.sdxl.scheduler = make_scheduler("heun")  # asks twice at the second noise level
+    pipeline.base.scheduler = make_scheduler("heun")  # asks twice at the second noise level
     calls: list[int] = []
     handle = pipeline.alignment.condition_embedding.register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -87,7 +87,7 @@ def test_conditions_of_moved_tiles_are_forgotten(
         assert len(calls) == 2 * len(grids)
     finally:
         handle.remove()
-        pipeline.sdxl.scheduler = make_scheduler()
+        pipeline.base.scheduler = make_scheduler()
     assert torch.equal(sample(pipeline, golden, text, [0], 4), expected)
 
 

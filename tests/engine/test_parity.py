@@ -76,7 +76,7 @@ def test_first_call_and_final_latent(
         first.setdefault("eps", output[0])
         time_ids.append(kwargs["added_cond_kwargs"]["time_ids"])
 
-    handle = pipeline.sdxl.unet.register_forward_hook(look, with_kwargs=True)
+    handle = pipeline.base.unet.register_forward_hook(look, with_kwargs=True)
     try:
         latent = pipeline.sample(
             tensors["lq_features"],
@@ -107,7 +107,7 @@ def test_start_latent_comes_from_the_vaes_mean(golden: Golden, pipeline: FaithDi
 
 
 def test_decode(golden: Golden, pipeline: FaithDiffPipeline) -> None:
-    factor = pipeline.sdxl.vae.config.scaling_factor
+    factor = pipeline.base.vae.config.scaling_factor
     pixels = pipeline.decode(golden.tensors["vae.latent"] * factor)
     assert difference(pixels, (golden.tensors["vae.decoded"] / 2 + 0.5).clamp(0, 1)) < 1e-4
 

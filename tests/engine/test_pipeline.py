@@ -41,9 +41,9 @@ def shared(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
 def pipeline(shared: FaithDiffPipeline) -> Iterator[FaithDiffPipeline]:
     """The shared pipeline; every test must leave it as it was."""
     yield shared
-    assert not shared.sdxl.unet.conv_in._forward_hooks
-    assert not shared.sdxl.vae.use_tiling
-    shared.sdxl.scheduler = make_scheduler()
+    assert not shared.base.unet.conv_in._forward_hooks
+    assert not shared.base.vae.use_tiling
+    shared.base.scheduler = make_scheduler()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def sample(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, 
 def test_batching_changes_nothing(
     pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, scheduler: str
 ) -> None:
-    pipeline.sdxl.scheduler = make_scheduler(scheduler)
+    pipeline.base.scheduler = make_scheduler(scheduler)
     apart = torch.cat([sample(pipeline, golden, text, [i], 1) for i in (0, 1, 2)])
     assert not close(apart[:1], apart[1:2], 0.1)
     for tiles in (4, 100):
@@ -115,7 +115,7 @@ def test_alignment_runs_once_for_both_guidance_halves(
 ) -> None:
     rows: list[tuple[int, int]] = []
     alignment = pipeline.alignment.blocks[0].register_forward_hook(lambda _m, args, _o: rows.append((len(args[0]), 0)))
-    unet = pipeline.sdxl.unet.register_forward_hook(lambda _m, args, _o: rows.append((0, len(args[0]))))
+    unet = pipeline.base.unet.register_forward_hook(lambda _m, args, _o: rows.append((0, len(args[0]))))
     try:
         sample(pipeline, golden, text, [0], 4)
     finally:
@@ -130,9 +130,9 @@ def test_alignment_runs_once_for_both_guidance_halves(
 def plain_sdxl(pipeline: FaithDiffPipeline, text: TextConditioning, noise: Tensor, steps: int, cfg: float) -> Tensor:
     """Sampling with diffusers alone."""
     size = noise.shape[-1] * 8
-    pipeline.sdxl.set_progress_bar_config(disable=True)
-    scheduler = pipeline.sdxl.scheduler
-    result: Tensor = pipeline.sdxl(
+    pipeline.base.set_progress_bar_config(disable=True)
+    scheduler = pipeline.base.scheduler
+    result: Tensor = pipeline.base(
         prompt_embeds=text.embeds,
         pooled_prompt_embeds=text.pooled,
         negative_prompt_embeds=text.negative_embeds,
@@ -147,7 +147,7 @@ def plain_sdxl(pipeline: FaithDiffPipeline, text: TextConditioning, noise: Tenso
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
     ).images
-    pipeline.sdxl.scheduler = scheduler
+    pipeline.base.scheduler = scheduler
     return result
 
 
@@ -158,7 +158,7 @@ def plain_sdxl(pipeline: FaithDiffPipeline, text: TextConditioning, noise: Tenso
 def test_strength_zero_is_diffusers_own_sdxl(
     pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning, name: str, cfg: float
 ) -> None:
-    pipeline.sdxl.scheduler = make_scheduler(name)
+    pipeline.base.scheduler = make_scheduler(name)
     noise = golden.tensors["one_tile_noise.noise"]
     expected = plain_sdxl(pipeline, text, noise, 3, cfg)
 
@@ -173,7 +173,7 @@ def test_strength_zero_is_diffusers_own_sdxl(
 
 def test_strength_zero_is_exactly_the_unet(pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning) -> None:
     seen: list[tuple[Any, ...]] = []
-    handle = pipeline.sdxl.unet.register_forward_hook(lambda _m, a, k, o: seen.append((a, k, o)), with_kwargs=True)
+    handle = pipeline.base.unet.register_forward_hook(lambda _m, a, k, o: seen.append((a, k, o)), with_kwargs=True)
     try:
         noise = golden.tensors["one_tile_noise.noise"]
         pipeline.sample(golden.tensors["one_tile_noise.lq_features"], text, noise, steps=1, start="noise", strength=0)
@@ -181,14 +181,14 @@ def test_strength_zero_is_exactly_the_unet(pipeline: FaithDiffPipeline, golden: 
         handle.remove()
     args, kwargs, output = seen[0]
     with torch.no_grad():
-        assert torch.equal(pipeline.sdxl.unet(*args, **kwargs)[0], output[0])
+        assert torch.equal(pipeline.base.unet(*args, **kwargs)[0], output[0])
 
 
 def test_cfg_one_is_one_row_and_needs_no_negative_text(
     pipeline: FaithDiffPipeline, golden: Golden, text: TextConditioning
 ) -> None:
     rows: list[int] = []
-    handle = pipeline.sdxl.unet.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
+    handle = pipeline.base.unet.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
     t = golden.tensors
     try:
         pipeline.sample(
@@ -215,11 +215,11 @@ def test_empty_negative_prompt_is_encoded(pipeline: FaithDiffPipeline) -> None:
         assert close(text.negative_embeds[row], empty.embeds[0])
         assert close(text.negative_pooled[row], empty.pooled[0])
     assert text.negative_embeds.abs().max() > 0
-    pipeline.sdxl.register_to_config(force_zeros_for_empty_prompt=True)
+    pipeline.base.register_to_config(force_zeros_for_empty_prompt=True)
     try:
         zeros_not_wanted = pipeline.encode_text(["a cat"]).negative_embeds
     finally:
-        pipeline.sdxl.register_to_config(force_zeros_for_empty_prompt=False)
+        pipeline.base.register_to_config(force_zeros_for_empty_prompt=False)
     assert zeros_not_wanted is not None
     assert close(zeros_not_wanted, empty.embeds)
 
@@ -250,7 +250,7 @@ def test_ddim_is_euler_for_small_steps(pipeline: FaithDiffPipeline, golden: Gold
     t = golden.tensors
     results = []
     for name in ("euler", "ddim"):
-        pipeline.sdxl.scheduler = make_scheduler(name)
+        pipeline.base.scheduler = make_scheduler(name)
         results.append(
             pipeline.sample(
                 t["one_tile_lr_20.lq_features"],
@@ -267,13 +267,13 @@ def test_ddim_is_euler_for_small_steps(pipeline: FaithDiffPipeline, golden: Gold
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
 def test_other_models_schedulers_are_refused(pipeline: FaithDiffPipeline, name: str) -> None:
-    pipeline.sdxl.scheduler = make_scheduler(name)
+    pipeline.base.scheduler = make_scheduler(name)
     with pytest.raises(SettingsError, match=f"{name} is not made for SDXL's noise schedule"):
         pipeline(photo(16, 16)[None], **QUICK)
 
 
 def test_a_step_past_the_table(pipeline: FaithDiffPipeline) -> None:
-    pipeline.sdxl.scheduler = make_scheduler("ddim")
+    pipeline.base.scheduler = make_scheduler("ddim")
     with pytest.raises(SettingsError, match="timestep 1000, one past its table"):
         pipeline(photo(16, 16)[None], **QUICK | {"steps": 1000})
 
@@ -372,7 +372,7 @@ def test_half_precision(tiny_sdxl: Path, golden: Golden, pipeline: FaithDiffPipe
     image = photo(32, 32)[None]
     full = pipeline(image, seed=1, cfg=2, **QUICK)
     half = load(tiny_sdxl, golden, dtype="bf16")
-    assert {p.dtype for p in half.sdxl.unet.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in half.base.unet.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in [*half.alignment.parameters(), *half.lq_encoder.parameters()]} == {torch.bfloat16}
     result = half(image, seed=1, cfg=2, **QUICK)
     assert result.dtype == torch.float32
@@ -401,16 +401,16 @@ def test_offloading_changes_nothing(
     kept = load(tiny_sdxl, golden, device=device)
     expected = [kept(image, seed=1, vae_tile=tile, **QUICK) for tile in (None, 128)]
     offloaded = load(tiny_sdxl, golden, device=device, offload=offload)
-    hooked = offloaded.sdxl.unet if offload == "model" else offloaded.sdxl.unet.conv_in
+    hooked = offloaded.base.unet if offload == "model" else offloaded.base.unet.conv_in
     assert hasattr(hooked, "_hf_hook")
     for tile, result in zip((None, 128), expected, strict=True):
         assert torch.equal(offloaded(image, seed=1, vae_tile=tile, **QUICK), result)
-    make_lora(pipeline.sdxl.unet, tmp_path / "lora.safetensors")
+    make_lora(pipeline.base.unet, tmp_path / "lora.safetensors")
     offloaded.load_lora(tmp_path / "lora.safetensors")
     assert not close(offloaded(image, seed=1, **QUICK), expected[0], 1e-3)
     offloaded.unload_loras()
     assert torch.equal(offloaded(image, seed=1, **QUICK), expected[0])
-    hooked = offloaded.sdxl.unet if offload == "model" else offloaded.sdxl.unet.conv_in
+    hooked = offloaded.base.unet if offload == "model" else offloaded.base.unet.conv_in
     assert hasattr(hooked, "_hf_hook")
 
 
@@ -424,11 +424,11 @@ class CancelError(Exception):
 @pytest.mark.parametrize("stage", ["encode", "sample", "decode"])
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
 def test_cancelling_leaves_nothing_behind(pipeline: FaithDiffPipeline, stage: str, name: str) -> None:
-    pipeline.sdxl.scheduler = make_scheduler(name)
+    pipeline.base.scheduler = make_scheduler(name)
     image = photo(72, 72)[None]
     settings: dict[str, Any] = {"seed": 1, "encoder_tile": 64, "vae_tile": 128, **QUICK}
     expected = pipeline(image, **settings)
-    before = dict(pipeline.sdxl.scheduler.__dict__)
+    before = dict(pipeline.base.scheduler.__dict__)
 
     def cancel(at: str, done: int, total: int) -> None:
         if at == stage and done >= min(2, total):
@@ -436,8 +436,8 @@ def test_cancelling_leaves_nothing_behind(pipeline: FaithDiffPipeline, stage: st
 
     with pytest.raises(CancelError):
         pipeline(image, progress=cancel, **settings)
-    assert not pipeline.sdxl.unet.conv_in._forward_hooks
-    assert pipeline.sdxl.scheduler.__dict__.keys() == before.keys()
+    assert not pipeline.base.unet.conv_in._forward_hooks
+    assert pipeline.base.scheduler.__dict__.keys() == before.keys()
     assert torch.equal(pipeline(image, **settings), expected)
 
 
@@ -464,7 +464,7 @@ def test_adapter_alone_keeps_the_models_unet(tiny_sdxl: Path, golden: Golden, tm
     save_file(changed, unet)
 
     def weights(pipeline: FaithDiffPipeline) -> Tensor:
-        value: Tensor = pipeline.sdxl.unet.state_dict()["mid_block.resnets.0.conv1.weight"]
+        value: Tensor = pipeline.base.unet.state_dict()["mid_block.resnets.0.conv1.weight"]
         return value
 
     own = UNet2DConditionModel.from_pretrained(tiny_sdxl, subfolder="unet")
@@ -488,7 +488,7 @@ def test_another_vae(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
         vae.post_quant_conv.bias.add_(1)
     vae.save_pretrained(tmp_path / "vae")
     pipeline = load(tiny_sdxl, golden, vae=tmp_path / "vae")
-    assert torch.equal(pipeline.sdxl.vae.post_quant_conv.bias, vae.post_quant_conv.bias)
+    assert torch.equal(pipeline.base.vae.post_quant_conv.bias, vae.post_quant_conv.bias)
     with pytest.raises(WeightsError, match="There is no VAE"):
         load(tiny_sdxl, golden, vae=tmp_path / "nothing")
 
@@ -496,10 +496,10 @@ def test_another_vae(tiny_sdxl: Path, golden: Golden, tmp_path: Path) -> None:
 def test_loras_add_up(tiny_sdxl: Path, golden: Golden, tmp_path: Path, pipeline: FaithDiffPipeline) -> None:
     path = tmp_path / "tiny.v1.safetensors"
     with_lora = load(tiny_sdxl, golden)
-    delta = make_lora(with_lora.sdxl.unet, path)
+    delta = make_lora(with_lora.base.unet, path)
     assert delta
     merged = load(tiny_sdxl, golden)
-    state = merged.sdxl.unet.state_dict()
+    state = merged.base.unet.state_dict()
     image = photo(24, 24)[None]
     with_lora.load_lora(path, weight=0.5)
     with_lora.load_lora(path, weight=0.25, adapter_name="again")
@@ -554,12 +554,12 @@ def test_parts_of_other_sizes(tiny_sdxl: Path, golden: Golden, tmp_path: Path, s
     with pytest.raises(WeightsError, match=r"does not fit the SDXL model: \d+ tensor\(s\) differ, such as"):
         load(other, golden)
     weights = read_faithdiff(golden.model)
-    unet = shared.sdxl.unet
+    unet = shared.base.unet
     original = unet.config
     try:
         unet.register_to_config(block_out_channels=[64, 64, 64])
         with pytest.raises(WeightsError, match=r"begins with 64 channels .* made for 32 channels"):
-            FaithDiffPipeline(shared.sdxl, weights.build_lq_encoder(), weights.build_alignment(), device="cpu")
+            FaithDiffPipeline(shared.base, weights.build_lq_encoder(), weights.build_alignment(), device="cpu")
     finally:
         unet._internal_dict = original
 
@@ -567,11 +567,11 @@ def test_parts_of_other_sizes(tiny_sdxl: Path, golden: Golden, tmp_path: Path, s
 def test_overflowing_vae_is_named(tiny_sdxl: Path, golden: Golden) -> None:
     pipeline = load(tiny_sdxl, golden)
     with torch.no_grad():
-        pipeline.sdxl.vae.decoder.conv_out.bias.fill_(float("nan"))
+        pipeline.base.vae.decoder.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NotFiniteError, match=r"while decoding in torch.float32.*fp16-fix"):
         pipeline(photo(16, 16)[None], **QUICK)
     with torch.no_grad():
-        pipeline.sdxl.vae.encoder.conv_in.bias.fill_(float("inf"))
+        pipeline.base.vae.encoder.conv_in.bias.fill_(float("inf"))
     with pytest.raises(NotFiniteError, match=r"while encoding in torch.float32.*fp16-fix"):
         pipeline(photo(16, 16)[None], **QUICK)
 
@@ -601,8 +601,8 @@ def test_sdxls_own_vae_stays_in_full_precision(tiny_sdxl: Path, golden: Golden, 
     shutil.copytree(tiny_sdxl, own)
     config = own / "vae" / "config.json"
     config.write_text(config.read_text().replace('"force_upcast": false', '"force_upcast": true'))
-    assert load(own, golden, dtype="fp16").sdxl.vae.dtype == torch.float32
-    assert load(tiny_sdxl, golden, dtype="fp16").sdxl.vae.dtype == torch.float16
+    assert load(own, golden, dtype="fp16").base.vae.dtype == torch.float32
+    assert load(tiny_sdxl, golden, dtype="fp16").base.vae.dtype == torch.float16
 
 
 # Bad arguments

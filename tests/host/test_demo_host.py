@@ -83,13 +83,13 @@ def link_to(prompt: dict[str, Any], class_type: str) -> list[Any]:
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_text_encoders_equal_those_of_diffusers(host: Host, models: tuple[Any, ...], engine: Any, caption: str) -> None:
     conditioning = host.call("CLIPTextEncode", clip=models[1], text=caption)[0]
-    embeds, _, pooled, _ = engine.sdxl.encode_prompt(prompt=caption, do_classifier_free_guidance=False)
+    embeds, _, pooled, _ = engine.base.encode_prompt(prompt=caption, do_classifier_free_guidance=False)
     assert conditioning[0][0].shape == embeds.shape
     assert conditioning[0][1]["pooled_output"].shape == pooled.shape
     assert (conditioning[0][0] - embeds).abs().max() < 1e-4
     assert (conditioning[0][1]["pooled_output"] - pooled).abs().max() < 1e-4
     # Captions are told apart by more than that.
-    other = engine.sdxl.encode_prompt(prompt=caption + " x", do_classifier_free_guidance=False)
+    other = engine.base.encode_prompt(prompt=caption + " x", do_classifier_free_guidance=False)
     assert (other[0] - embeds).abs().max() > 1e-2
 
 
@@ -105,10 +105,10 @@ def test_the_vae_equals_that_of_diffusers(
 ) -> None:
     pixels = low_quality[..., :80, :80]
     latent = host.call("VAEEncode", pixels=pixels.movedim(1, -1), vae=models[2])[0]["samples"]
-    expected = engine.encode_latent(pixels * 2 - 1) / engine.sdxl.vae.config.scaling_factor
+    expected = engine.encode_latent(pixels * 2 - 1) / engine.base.vae.config.scaling_factor
     assert (latent - expected).abs().max() < 1e-3 * expected.abs().max()
     decoded = host.call("VAEDecode", samples={"samples": latent}, vae=models[2])[0]
-    again = engine.decode(expected * engine.sdxl.vae.config.scaling_factor)
+    again = engine.decode(expected * engine.base.vae.config.scaling_factor)
     assert (decoded.movedim(-1, 1) - again).abs().max() < 1e-3
 
 
