@@ -10,6 +10,11 @@ TEMPORARY = ".faithdiff-"
 """How the temporary names begin."""
 
 
+def temporary_name() -> str:
+    """A name for a file that is being written; random, since others may write here, from other machines."""
+    return f"{TEMPORARY}{uuid.uuid4().hex[:16]}.part"
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under a temporary name beside `path`, then rename: under `path` there is never half a file.
 
@@ -23,7 +28,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: the disk is full, or the folder or the file cannot be written; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:16]}.part")  # others may write here, from other machines
+    temporary = path.with_name(temporary_name())
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)

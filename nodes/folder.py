@@ -155,7 +155,7 @@ class FaithDiffRestoreFolder(io.ComfyNode):
         encoder_tile: int = 1024,
         vae_tile: int = 1024,
     ) -> io.NodeOutput:
-        # Here, not above: it needs the tiled decode and the image files' readers and writers, which take long to import.
+        # Here, not above: the tiled decode and the readers and writers of image files take long to import.
         from .bridge.folder_run import FolderRun, restore_folder
 
         run = FolderRun(

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from ..atomic import TEMPORARY, write_atomically
+from ..atomic import TEMPORARY, temporary_name, write_atomically
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
 from ..images.formats import MAX_BYTES, read_content
 from ..images.names import real_path
@@ -122,7 +121,7 @@ def write(address: str, content: bytes) -> None:
         _again(lambda: files.pipe_file(path, content))
         return
     folder = path.rpartition("/")[0]
-    temporary = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:16]}.part"
+    temporary = f"{folder}/{temporary_name()}"
 
     def put() -> None:
         files.makedirs(folder, exist_ok=True)
@@ -145,7 +144,7 @@ def write_lines(address: str, lines: Iterable[str]) -> None:
     """
     encoded = (line.encode("utf-8", "surrogateescape") + b"\n" for line in lines)
     if not is_url(address):
-        temporary = Path(address).with_name(f"{TEMPORARY}{uuid.uuid4().hex[:16]}.part")
+        temporary = Path(address).with_name(temporary_name())
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -157,7 +156,7 @@ def write_lines(address: str, lines: Iterable[str]) -> None:
     files, path = _opened(address)
     folder = path.rpartition("/")[0]
     whole = bool(_WHOLE_OBJECTS & set(_protocols(files)))
-    target = path if whole else f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:16]}.part"
+    target = path if whole else f"{folder}/{temporary_name()}"
     if not whole:
         files.makedirs(folder, exist_ok=True)
     with files.open(target, "wb") as file:

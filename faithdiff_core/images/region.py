@@ -89,8 +89,8 @@ def composite(image: Tensor, restored: Tensor, mask: Tensor) -> Tensor:
     """The restored image where the mask is 1, the other one where it is 0, and a mixture between.
 
     Args:
-        image, restored: (B, C, H, W).
-        mask: (B or 1, 1, H, W), in [0, 1].
+        image, restored: (B, C, H, W), or with the channels last.
+        mask: of the same layout with one channel, (B or 1, 1, H, W), in [0, 1].
     """
     # lerp gives exactly one or the other at both ends.
     return torch.lerp(image, restored, mask.to(image).expand_as(image))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...faithdiff_core.backbone import VAE_SCALE_FACTOR
 from ...faithdiff_core.errors import NotFiniteError, SettingsError
-from ...faithdiff_core.images.region import feathered
+from ...faithdiff_core.images.region import composite, feathered
 from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.vae.decoder_stages import parts_from_ldm, stored_affine
 from ...faithdiff_core.vae.tiled_decode import decode_tiled
@@ -111,11 +111,8 @@ def decode_part(
     mask = mask.expand(out.shape[0], -1, -1, -1)
     chosen = [i for i in range(out.shape[0]) if mask[i].any()]
     if chosen:
-        out[chosen] = torch.lerp(
-            out[chosen],
-            decode_in_tiles(vae, latents[chosen], tile_size, overlap).to(out),
-            mask[chosen].expand(-1, -1, -1, 3),
-        )
+        decoded = decode_in_tiles(vae, latents[chosen], tile_size, overlap).to(out)
+        out[chosen] = composite(out[chosen], decoded, mask[chosen])
     return out
 
 
