@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypeVar
 
 CASE_SECONDS = 20
 """A case that takes longer hangs."""
@@ -28,6 +30,20 @@ class Failure:
 
     case: str
     what: str
+
+
+Case = TypeVar("Case")
+
+
+def numbered(cases: Iterator[Case], seconds: float, start: int) -> Iterator[tuple[int, Case]]:
+    """Cases with their numbers, from the number `start` on; none is begun after so many seconds."""
+    end = time.monotonic() + seconds
+    for number, case in enumerate(cases):
+        if number < start:
+            continue
+        if time.monotonic() > end:
+            return
+        yield number, case
 
 
 class HangError(Exception):

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import random
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from faithdiff_core.errors import FaithDiffError, SettingsError
 from faithdiff_core.training.config import TrainConfig
 from faithdiff_core.training.degradation import DegradationConfig
 from faithdiff_core.training.yaml_config import build, read_yaml
-from fuzz.failure import Failure, attempt
+from fuzz.failure import Failure, attempt, numbered
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
@@ -164,13 +163,8 @@ def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     Yields:
         The number of each file before it is tried, and what went wrong with it.
     """
-    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name:
-        for number, (case, kind, content) in enumerate(cases(seed)):
-            if number < start:
-                continue
-            if time.monotonic() > end:
-                break
+        for number, (case, kind, content) in numbered(cases(seed), seconds, start):
             yield number
             path = Path(name) / "a.yaml"
             path.write_bytes(content)

@@ -25,7 +25,7 @@ from faithdiff_core.cli import main
 from faithdiff_core.errors import FaithDiffError
 from faithdiff_core.images.reading import load_image
 from faithdiff_core.images.writing import save_image
-from fuzz.failure import CASE_SECONDS, Failure, attempt
+from fuzz.failure import CASE_SECONDS, Failure, attempt, numbered
 
 PROGRAMS = ("gs", "gswin32c", "gswin64c", "convert", "magick", "djpeg", "sh")
 """Stand-ins for these are put on the PATH: each records that it was started."""
@@ -187,16 +187,11 @@ def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     Yields:
         The number of each file before it is tried, and what went wrong with it.
     """
-    end = time.monotonic() + seconds
     recent: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as name, _watched(Path(name)) as record:
         folder = Path(name)
         (folder / "hq.png").write_bytes(seeds()["PNG"])
-        for number, (case, content) in enumerate(cases(seed)):
-            if number < start:
-                continue
-            if time.monotonic() > end:
-                break
+        for number, (case, content) in numbered(cases(seed), seconds, start):
             yield number
             path = folder / "a.png"
             path.write_bytes(content)

@@ -16,7 +16,7 @@ from comfy_host import NO_HOST, Prompt, PromptRejectedError, Server, find_host
 from PIL import Image
 from support.server_prompts import tiny
 
-from fuzz.failure import Failure
+from fuzz.failure import Failure, numbered
 
 PROMPT_SECONDS = 60.0
 """A prompt that takes longer hangs; the first ones load models."""
@@ -169,14 +169,9 @@ def saved(server: Server, prompt: Prompt) -> bytes:
 def fuzz(server: Server, seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     """Try mutated prompts on a server for some time; arguments and yields as in `run`."""
     names = [server.upload(path) for path in images(server.base)]
-    end = time.monotonic() + seconds
     reference = tiny(names[0]).prompt
     first = saved(server, reference)
-    for number, (case, prompt) in enumerate(cases(seed, names)):
-        if number < start:
-            continue
-        if time.monotonic() > end:
-            break
+    for number, (case, prompt) in numbered(cases(seed, names), seconds, start):
         yield number
         if problem := tried(server, prompt, cancel=number % 20 == 19):
             yield Failure(case, problem)

@@ -11,7 +11,6 @@ import random
 import shutil
 import struct
 import tempfile
-import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from faithdiff_core.cli import main
 from faithdiff_core.errors import FaithDiffError
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
 from faithdiff_core.weights.unet_shapes import UNetConfig
-from fuzz.failure import Failure, attempt
+from fuzz.failure import Failure, attempt, numbered
 
 State = dict[str, Tensor]
 Mutation = Callable[[random.Random, State], bytes]
@@ -317,15 +316,10 @@ def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     Yields:
         The number of each file before it is tried, and what went wrong with it.
     """
-    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as name, _working_in(name):
         good = Path(name) / "good.safetensors"
         good.write_bytes(save(tiny_model(seed + 1)))
-        for number, (case, content) in enumerate(cases(seed)):
-            if number < start:
-                continue
-            if time.monotonic() > end:
-                break
+        for number, (case, content) in numbered(cases(seed), seconds, start):
             yield number
             path, out = Path(name) / ("a.safetensors" if len(content) % 2 else "a.bin"), Path(name) / "out"
             path.write_bytes(content)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from comfy_host import GOLDEN, Host
 from safetensors.torch import load_file, save_file
-from support.host_sampling import Setup, gaussian, images, load, relative
+from support.host_sampling import Setup, gaussian, images, load, relative, sized
 from torch import Tensor
 
 from faithdiff_core.backbone import SDXL
@@ -117,20 +117,11 @@ def tile_conds(setup: Setup, features: Any, tile: Tile | None, **kw: Any) -> Con
     if tile is not None:
         features = type(features)(tile.crop(features.tensor))
     conds = setup.conditioned(features, **kw)
-    return conds if tile is None else (sized(conds[0], tile), sized(conds[1], tile))
-
-
-def sized(conditioning: Any, tile: Tile) -> Any:
-    """The published size conditioning, by the host's own keys (CLIPTextEncodeSDXL's)."""
-    sizes = {
-        "height": HEIGHT,
-        "width": WIDTH,
-        "crop_h": tile.top,
-        "crop_w": tile.left,
-        "target_height": TILE,
-        "target_width": TILE,
-    }
-    return [[entry[0], {**entry[1], **sizes}] for entry in conditioning]
+    return (
+        conds
+        if tile is None
+        else (sized(conds[0], tile, (HEIGHT, WIDTH), TILE), sized(conds[1], tile, (HEIGHT, WIDTH), TILE))
+    )
 
 
 def test_tiles(setup: Setup, features: Any, grid: TileGrid) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy_host import Graph, Host, Node, Runner
 from support.host_sampling import GivenNoise, Setup, gaussian, images, load, relative
+from support.server_prompts import SAMPLER
 from torch import Tensor
 
 TOLERANCE = 1e-5
@@ -38,18 +39,6 @@ def restoration(graph: Graph, photo: Node, **sampler: Any) -> dict[str, Node]:
     text = {"seed": 0, "width": 64, "pooled_width": 64, "tokens": 77}
     positive = graph.add("TestConditioning", which="positive", **text)
     negative = graph.add("TestConditioning", which="negative", **text)
-    settings = {
-        "seed": 1,
-        "steps": 2,
-        "cfg": 5.0,
-        "sampler_name": "euler",
-        "scheduler": "faithdiff",
-        "start_point": "lr",
-        "denoise": 1.0,
-        "tile_size": 64,
-        "overlap": 0.5,
-        "tile_batch": 0,
-    }
     sample = graph.add(
         "FaithDiffSampler",
         model=loader[0],
@@ -57,7 +46,7 @@ def restoration(graph: Graph, photo: Node, **sampler: Any) -> dict[str, Node]:
         negative=negative[0],
         lq_features=features[0],
         latent_image=encode[0],
-        **(settings | sampler),
+        **(SAMPLER | sampler),
     )
     decode = graph.add("FaithDiffTiledVAEDecode", samples=sample[0], vae=vae[0], tile_size=64, overlap=0.25)
     finish = graph.add("FaithDiffFinishImage", image=decode[0], frame=prepare[1], color_fix="adain")
@@ -240,21 +229,12 @@ def expect(host: Host, text: str, class_type: str, **inputs: Any) -> None:
 
 def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     features = setup.features(images(64, 96))
-    sampler: dict[str, Any] = {
+    sampler: dict[str, Any] = SAMPLER | {
         "model": setup.model,
         "positive": setup.positive,
         "negative": setup.negative,
         "lq_features": features,
         "seed": 0,
-        "steps": 2,
-        "cfg": 5.0,
-        "sampler_name": "euler",
-        "scheduler": "faithdiff",
-        "start_point": "lr",
-        "denoise": 1.0,
-        "tile_size": 64,
-        "overlap": 0.5,
-        "tile_batch": 0,
     }
     latent = {"samples": torch.zeros(1, 4, 8, 12)}
     plain = host.call("TestModel")[0]

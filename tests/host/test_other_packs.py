@@ -19,9 +19,9 @@ import pytest
 import torch
 from comfy_host import Host
 from safetensors.torch import save_file
-from support.host_sampling import Setup, images, load, relative
+from support.host_sampling import Setup, images, load, relative, sized
 from support.node_survey import Survey, find_nodes, survey_setup
-from support.node_survey.trial import noise, sample, sized
+from support.node_survey.trial import noise, sample
 from support.node_survey.values import GRID, HEIGHT, OVERLAP, TILE, WIDTH, Values
 from support.other_packs import (
     TinyIPAdapter,
@@ -90,7 +90,7 @@ def tiles_by_hand(values: Values, model: Models, conds: Conditions) -> Tensor:
     given = noise({"samples": torch.zeros(1, 4, HEIGHT // 8, WIDTH // 8)}, "A")
     out = torch.zeros_like(given)
     for tile in GRID.tiles:
-        pair = [sized(c, tile) for c in conds(values.conds(tile), tile)]
+        pair = [sized(c, tile, (HEIGHT, WIDTH), TILE) for c in conds(values.conds(tile), tile)]
         part = tile.crop(given)
         guider = setup.cfg_guider(model(tile), pair[0], pair[1], 4.0)
         result, _ = sample(guider, {"samples": torch.zeros_like(part)}, part, SIGMAS)

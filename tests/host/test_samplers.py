@@ -8,10 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 from comfy_host import Host
-from support.host_sampling import Setup, gaussian, images, load, relative
+from support.host_sampling import Setup, gaussian, images, load, relative, sized
 from torch import Tensor
 
-from faithdiff_core.tiling.grid import Tile, TileGrid
+from faithdiff_core.tiling.grid import TileGrid
 
 SAMPLERS = (
     "euler",
@@ -86,7 +86,7 @@ class TilesByHand:
         level = float(sigma.flatten()[0])
         for tile in self.grid.tiles:
             cut = type(self.features)(tile.crop(self.features.tensor))
-            positive, negative = (sized(cond, tile) for cond in self.setup.conditioned(cut))
+            positive, negative = (sized(cond, tile, (SIZE, SIZE), TILE) for cond in self.setup.conditioned(cut))
             noise = tile.crop(x) / level
             result = self.setup.guided(
                 self.setup.cfg_guider(self.setup.model, positive, negative, CFG),
@@ -98,12 +98,6 @@ class TilesByHand:
             result = self.setup.model.model.process_latent_in(result)
             tile.crop(denoised).add_(result * self.grid.weights(tile))
         return denoised
-
-
-def sized(conditioning: Any, tile: Tile) -> Any:
-    """The published size conditioning, by the host's own keys (CLIPTextEncodeSDXL's)."""
-    place = {"height": SIZE, "width": SIZE, "crop_h": tile.top, "crop_w": tile.left}
-    return [[entry[0], {**entry[1], **place, "target_height": TILE, "target_width": TILE}] for entry in conditioning]
 
 
 @pytest.mark.parametrize("sampler", BY_HAND)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import Host
-from support.host_sampling import Setup, gaussian, images, load, relative
+from support.host_sampling import Setup, gaussian, images, load, relative, sized
 from torch import Tensor
 
 from faithdiff_core.tiling.grid import Tile, TileGrid
@@ -83,13 +83,6 @@ def by_hand(layout: Any, texts: list[Any], whole: Any, tile: Tile, mix: float = 
     return [[embeds, {**whole[0][1], "pooled_output": pooled}]]
 
 
-def sized(conditioning: Any, tile: Tile) -> Any:
-    """The published size conditioning of a tile, by ComfyUI's own keys."""
-    sizes = {"height": HEIGHT, "width": WIDTH, "crop_h": tile.top, "crop_w": tile.left}
-    sizes |= {"target_height": TILE, "target_width": TILE}
-    return [[entry[0], {**entry[1], **sizes}] for entry in conditioning]
-
-
 def with_extras(host: Host, setup: Setup, what: str, positive: Any, negative: Any, tile: Tile | None) -> Any:
     """A ControlNet on both conditionings, where it is asked for."""
     if what == "controlnet":
@@ -127,7 +120,10 @@ def test_tiles_by_hand(
             if own_negative:
                 # The long text lies elsewhere in this list: turned round, so that the hand's rule for it fits.
                 negative = reversed_by_hand(layout, texts, negative, tile)
-            positive, negative = sized(positive, tile), sized(negative, tile)
+            positive, negative = (
+                sized(positive, tile, (HEIGHT, WIDTH), TILE),
+                sized(negative, tile, (HEIGHT, WIDTH), TILE),
+            )
             part = type(features)(tile.crop(features.tensor))
         settings = {"strength": 1.0, "start_percent": 0.0, "end_percent": 1.0, "lq_features": part}
         both = host.call("FaithDiffConditioning", positive=positive, negative=negative, **settings)

@@ -12,6 +12,8 @@ import torch
 from comfy_host import Host
 from torch import Tensor
 
+from faithdiff_core.tiling.grid import Tile
+
 GOLDEN_FILE = "faithdiff_tiny.safetensors"
 
 
@@ -111,6 +113,26 @@ def load(host: Host, name: str = GOLDEN_FILE, **kw: Any) -> Setup:
     positive = host.call("TestConditioning", which="positive")[0]
     negative = host.call("TestConditioning", which="negative")[0]
     return Setup(host, model, faithdiff, positive, negative)
+
+
+def sized(conditioning: Any, tile: Tile, size: tuple[int, int], target: int) -> Any:
+    """The published size conditioning of a tile, by the host's own keys (CLIPTextEncodeSDXL's).
+
+    Args:
+        conditioning: a CONDITIONING.
+        tile: in latent units.
+        size: of the whole image, (height, width), in pixels.
+        target: the tile size in pixels.
+    """
+    sizes = {
+        "height": size[0],
+        "width": size[1],
+        "crop_h": tile.top,
+        "crop_w": tile.left,
+        "target_height": target,
+        "target_width": target,
+    }
+    return [[entry[0], {**entry[1], **sizes}] for entry in conditioning]
 
 
 def images(height: int, width: int, batch: int = 1, seed: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from comfy_host import Host
 from torch import Tensor
 
 from faithdiff_core.tiling.grid import Tile
-from support.host_sampling import gaussian
+from support.host_sampling import gaussian, sized
 
 from .schema import NodeSchema
 from .values import GRID, HEIGHT, OVERLAP, TILE, WIDTH, Values
@@ -176,22 +176,9 @@ class Trial:
         return all(_same(getattr(made, name, None), getattr(base, name, None)) for name in held)
 
 
-def sized(conditioning: Any, tile: Tile, target: int = TILE) -> Any:
-    """The published size conditioning, by the host's own keys (CLIPTextEncodeSDXL's)."""
-    sizes = {
-        "height": HEIGHT,
-        "width": WIDTH,
-        "crop_h": tile.top,
-        "crop_w": tile.left,
-        "target_height": target,
-        "target_width": target,
-    }
-    return [[entry[0], {**entry[1], **sizes}] for entry in conditioning]
-
-
 def covering(conditioning: Any) -> Any:
     """The size conditioning of one tile that covers the image, for a tile size of 1024 pixels."""
-    return sized(conditioning, Tile(0, 0, HEIGHT // 8, WIDTH // 8), 1024)
+    return sized(conditioning, Tile(0, 0, HEIGHT // 8, WIDTH // 8), (HEIGHT, WIDTH), 1024)
 
 
 def noise(latent: dict[str, Any], which: str, scale: float = 1.0) -> Tensor:
@@ -257,7 +244,9 @@ def by_hand(trial: Trial, steps: int, which: str = "A") -> Tensor:
     sigma = schedule(trial.model(None), steps, trial.schema.kind)[:1]
     out = torch.zeros_like(given_noise)
     for tile in GRID.tiles:
-        guider = trial.guider(trial.model(tile), trial.conds(tile, which), partial(sized, tile=tile))
+        guider = trial.guider(
+            trial.model(tile), trial.conds(tile, which), partial(sized, tile=tile, size=(HEIGHT, WIDTH), target=TILE)
+        )
         latent = trial.latent(tile, which)
         _, predicted = sample(guider, latent, tile.crop(given_noise), torch.cat([sigma, torch.zeros(1)]))
         tile.crop(out).add_(predicted * GRID.weights(tile))
@@ -309,11 +298,13 @@ def _predictions(trial: Trial, steps: int, which: str) -> dict[tuple[str, int], 
         model = trial.model(tile).clone()
         for name in GUIDANCE:
             model.model_options.pop(name, None)
-        guider = trial.guider(model, trial.conds(tile, which), partial(sized, tile=tile))
+        guider = trial.guider(
+            model, trial.conds(tile, which), partial(sized, tile=tile, size=(HEIGHT, WIDTH), target=TILE)
+        )
         carrying = guider.original_conds["positive"][0]
         prompts = {(key, i): cond for key, group in guider.original_conds.items() for i, cond in enumerate(group)}
         alone = trial.values.setup.cfg_guider(model, *trial.conds(tile, which), 1.0)
-        alone.set_conds(sized(trial.values.plain_conditioning(), tile), [])
+        alone.set_conds(sized(trial.values.plain_conditioning(), tile, (HEIGHT, WIDTH), TILE), [])
         prompts["own", 0] = alone.original_conds["positive"][0]
         for place, cond in prompts.items():
             alone.original_conds = {"positive": [_about_the_image(cond, carrying)], "negative": []}
