@@ -19,6 +19,7 @@ from comfy_client import ComfyServer, RunError, UnreachableError, Workflow, load
 PACK = Path(__file__).resolve().parents[2]
 sys.path.append(str(PACK))
 
+from faithdiff_core.atomic import write_atomically  # noqa: E402
 from faithdiff_core.errors import FaithDiffError  # noqa: E402
 from faithdiff_core.evaluation.contact_sheet import SheetImage, contact_sheets  # noqa: E402
 from faithdiff_core.evaluation.sweep import Axis, Point, file_stem, point_label, points  # noqa: E402
@@ -59,9 +60,9 @@ class Sweep:
             return False
         set_input(workflow, "LoadImage.image", self.server.upload(source))
         image, *_ = self.server.run(workflow)
-        write(file, self.server.download(image))
+        write_atomically(file, self.server.download(image))
         self.done[name] = digest
-        write(self.output / DONE, json.dumps(self.done, indent=1).encode())
+        write_atomically(self.output / DONE, json.dumps(self.done, indent=1).encode())
         return True
 
     def draw(self, sources: list[Path], cell: int) -> list[Path]:
@@ -75,14 +76,6 @@ class Sweep:
             files.append(self.output / ("sheet.png" if number == 1 else f"sheet_{number}.png"))
             sheet.save(files[-1])
         return files
-
-
-def write(file: Path, content: bytes) -> None:
-    """Write a whole file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_bytes(content)
-    part.replace(file)
 
 
 def split(text: str) -> tuple[str, list[object]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .schedulers import noise_level
+from .schedulers import in_sigma_space, noise_level
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Kept:
             latent: of the low-quality image, of the start's shape.
             mask: above 0 where the latent is sampled, (B or 1, 1, h, w).
         """
-        sigma_space = float(scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])) != 1.0
+        sigma_space = in_sigma_space(scheduler)
         sigma = _level(scheduler, 0)
         x = start if sigma_space else start * (sigma**2 + 1) ** 0.5
         return cls((mask > 0).to(start.device), latent, (x - latent) / sigma, sigma_space)

@@ -35,13 +35,17 @@ def token_chunks(base: Any, tokenizer: Any, text: str, long_prompt: LongPrompt) 
         text: the prompt.
         long_prompt: whether there may be more than one.
     """
-    convert = getattr(base, "maybe_convert_prompt", None)
-    text = convert(text, tokenizer) if convert is not None else text
-    ids = plain_ids(tokenizer, text)
+    ids = _prompt_ids(base, tokenizer, text)
     room = tokenizer.model_max_length - 2
     starts = range(0, max(1, len(ids)), room) if long_prompt is LongPrompt.CHUNKS else [0]
     chunks = [[tokenizer.bos_token_id, *ids[i : i + room], tokenizer.eos_token_id] for i in starts]
     return [chunk + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(chunk)) for chunk in chunks]
+
+
+def _prompt_ids(base: Any, tokenizer: Any, text: str) -> list[int]:
+    """Ids of a prompt, in which the names of textual inversions stand for their vectors."""
+    convert = getattr(base, "maybe_convert_prompt", None)
+    return plain_ids(tokenizer, text if convert is None else convert(text, tokenizer))
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -58,13 +62,11 @@ def tokenizers_of(base: Any) -> list[Any]:
 
 def fit_at_once(base: Any, texts: Sequence[str]) -> bool:
     """Whether all texts are short enough for one chunk."""
-    for tokenizer in tokenizers_of(base):
-        convert = getattr(base, "maybe_convert_prompt", None)
-        for text in texts:
-            converted = convert(text, tokenizer) if convert is not None else text
-            if len(plain_ids(tokenizer, converted)) > tokenizer.model_max_length - 2:
-                return False
-    return True
+    return all(
+        len(_prompt_ids(base, tokenizer, text)) <= tokenizer.model_max_length - 2
+        for tokenizer in tokenizers_of(base)
+        for text in texts
+    )
 
 
 def encode_in_chunks(

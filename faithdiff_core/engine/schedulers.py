@@ -110,9 +110,13 @@ def initial_latent(scheduler: Any, start: StartPoint | str, noise: Tensor, lq_la
         abar = float(scheduler.alphas_cumprod[int(first)])
         sigma = ((1 - abar) / abar) ** 0.5
     x = start_latent(start, noise, sigma, lq_latent)
-    # How the scheduler scales the U-Net's input tells its space. The loop's first call is the same one.
-    scale = float(scheduler.scale_model_input(torch.ones(1), first))
-    return x if scale != 1.0 else x / (sigma**2 + 1) ** 0.5
+    return x if in_sigma_space(scheduler) else x / (sigma**2 + 1) ** 0.5
+
+
+def in_sigma_space(scheduler: Any) -> bool:
+    """Whether a scheduler keeps x = z + sigma * noise; see `initial_latent`. Its `set_timesteps` has been called."""
+    # How it scales the U-Net's input tells. The loop's first call is the same one.
+    return float(scheduler.scale_model_input(torch.ones(1), scheduler.timesteps[0])) != 1.0
 
 
 def noise_level(scheduler: Any, t: Tensor) -> float:
