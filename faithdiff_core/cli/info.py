@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..dtypes import dtype_name
 from ..errors import printable
-from ..weights.faithdiff_file import FaithDiffWeights, read_faithdiff
+from ..weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ..weights.marks import IN_WORDS
+from ..weights.quantization import format_name
+from ..weights.quantized_state import shapes_of
 
 _KINDS = {
     "full": "a full FaithDiff file (U-Net, LQ encoder and alignment)",
@@ -54,6 +55,9 @@ def run(args: argparse.Namespace) -> int:
         dtypes = ", ".join(part["dtypes"])
         lines.append(f"  {name}: {part['tensors']} tensors, {part['parameters'] / 1e6:,.1f} M parameters, {dtypes}")
         lines.append(f"    {sizes}")
+        if part["quantized"]:
+            formats = ", ".join(f"{count} layers in {name}" for name, count in part["quantized"].items())
+            lines.append(f"    quantized: {formats}")
         if part["not_finite"]:
             some = ", ".join(part["not_finite"][:3])
             lines.append(
@@ -71,8 +75,9 @@ def describe(weights: FaithDiffWeights) -> dict[str, Any]:
     parts = {
         name: {
             "tensors": len(part.state),
-            "parameters": sum(tensor.numel() for tensor in part.state.values()),
-            "dtypes": _dtypes(part.state),
+            "parameters": sum(math.prod(shape) for shape in shapes_of(part.state).values()),
+            "dtypes": _dtypes(part),
+            "quantized": _quantized(part),
             "sizes": vars(part.config),
             "not_finite": part.not_finite(),
         }
@@ -88,6 +93,16 @@ def describe(weights: FaithDiffWeights) -> dict[str, Any]:
     }
 
 
-def _dtypes(state: dict[str, Tensor]) -> list[str]:
-    counts = Counter(dtype_name(tensor.dtype) for tensor in state.values())
+def _dtypes(part: Part[Any]) -> list[str]:
+    """Dtypes of the stored weights, the most common one first."""
+    layers = [] if part.quantized is None else list(part.quantized.layers.values())
+    plain = part.state if part.quantized is None else part.quantized.plain
+    counts = Counter(dtype_name(tensor.dtype) for tensor in plain.values())
+    counts.update(dtype_name(layer.form.dtype) for layer in layers)
     return [name for name, _ in counts.most_common()]
+
+
+def _quantized(part: Part[Any]) -> dict[str, int]:
+    """How many layers are quantized in each format: its name and what it is called in files, and their number."""
+    layers = {} if part.quantized is None else part.quantized.layers
+    return dict(Counter(f"{format_name(layer.form)} ({layer.form.about})" for layer in layers.values()))

@@ -17,6 +17,7 @@ from ..dtypes import COMPUTE_DTYPES
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 from ..weights.faithdiff_file import FaithDiffWeights
 from ..weights.lora_width import check_lora
+from ..weights.quantized_state import shapes_of
 from ..weights.tensor_reader import TensorReader
 from ..weights.unet_names import diffusers_names
 from ..weights.unet_shapes import family_of
@@ -104,7 +105,8 @@ def load_base(
         dtype: of all models.
 
     Raises:
-        WeightsError: the checkpoint is of another backbone or cannot be read, or the U-Net does not fit it.
+        WeightsError: the checkpoint is of another backbone, is quantized or cannot be read, or the U-Net does not fit
+            it.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -222,9 +224,11 @@ def backbone_of_unet(config: Mapping[str, Any]) -> Backbone:
 def _backbone_of_file(path: Path) -> Backbone | None:
     """The family of a single file's U-Net; None where there is none that is known."""
     try:
-        kinds = TensorReader(path).kinds
+        reader = TensorReader(path)
     except WeightsError:
         return None  # diffusers reads more kinds of files, and has its own words for those that it cannot read
+    reader.check_not_quantized()  # diffusers would take the weights without their scales
+    kinds = reader.kinds
     return family_of({name: kinds[key][1] for name, key in diffusers_names(set(kinds)).items()})
 
 
@@ -252,18 +256,20 @@ def _build_unet(folder: Path, state: Mapping[str, Tensor], dtype: torch.dtype, b
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config(config)
     wanted = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
-    wrong = [name for name in wanted if name not in state or tuple(state[name].shape) != wanted[name]]
-    wrong += sorted(state.keys() - wanted.keys())
+    given = shapes_of(state)
+    wrong = [name for name in wanted if given.get(name) != wanted[name]]
+    wrong += sorted(given.keys() - wanted.keys())
     if wrong:
-        got = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        got = given.get(wrong[0], "nothing")
         raise WeightsError(
             f"FaithDiff's U-Net does not fit the {backbone.name} model: {len(wrong)} tensor(s) differ, such as "
             f"{wrong[0]}, which should be {wanted.get(wrong[0], 'absent')} and is {got}. Use both with the same kind "
             f"of {backbone.name}."
         )
     for name in wanted:
+        value = state[name]
         # `clone` lets go of the file's mapping where the dtype does not change.
-        value = state[name].to(dtype) if state[name].dtype != dtype else state[name].clone()
+        value = value.to(dtype) if value.dtype != dtype else value.clone()
         set_module_tensor_to_device(unet, name, "cpu", value=value, dtype=dtype)
     return unet.eval()
 

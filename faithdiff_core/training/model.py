@@ -393,6 +393,11 @@ def load_models(base: Path, init: Path | None) -> tuple[TrainableModel, FrozenMo
     prediction: str | None = None
     if init is not None:
         weights = read_faithdiff(init)
+        if weights.quantization is not None:
+            raise WeightsError(
+                f"{init} holds a quantized U-Net ({weights.quantization}), whose rounding training would keep. Give "
+                f"the file that it was made from."
+            )
         weights.check_finite()
         if weights.backbone is not backbone:
             raise WeightsError(

@@ -6,7 +6,7 @@ they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,7 +25,8 @@ from .checkpoint_file import open_tensors
 from .lora_names import LORA_PREFIX, LoRASizes
 from .marks import IN_WORDS, PREDICTIONS, marked_backbone, marked_prediction
 from .messages import REDOWNLOAD, listing
-from .unet_names import DIFFUSERS_PREFIXES
+from .quantized_state import QuantizedLayer, QuantizedState, shapes_of, take_quantized
+from .unet_names import DIFFUSERS_PREFIXES, diffusers_names
 from .unet_shapes import UNetConfig
 
 ENCODER_PREFIX = "denoise_encoder."
@@ -49,16 +50,25 @@ class Part(Generic[Config]):
     """One part of a FaithDiff file: its tensors and its sizes.
 
     Attributes:
-        state: tensors mapped from the file, under the part's own names.
+        state: tensors mapped from the file, under the part's own names. Quantized ones are dequantized when they are
+            read.
         config: the sizes that they show.
     """
 
-    state: dict[str, Tensor] = field(repr=False)
+    state: MutableMapping[str, Tensor] = field(repr=False)
     config: Config
+
+    @property
+    def quantized(self) -> QuantizedState | None:
+        """The state as it is stored, where layers of it are quantized; else None."""
+        return self.state if isinstance(self.state, QuantizedState) else None
 
     def not_finite(self) -> list[str]:
         """Names of the tensors with a NaN or an infinite value. Reads all values, 1.5 billion in a second."""
-        return [key for key, value in self.state.items() if not is_finite(value)]
+        if self.quantized is None:
+            return [key for key, value in self.state.items() if not is_finite(value)]
+        broken = [key for key, value in self.quantized.plain.items() if not is_finite(value)]
+        return [*broken, *self.quantized.not_finite()]
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,12 @@ class FaithDiffWeights:
                 f"that it was trained from."
             )
         return known
+
+    @property
+    def quantization(self) -> str | None:
+        """The format of a quantized U-Net, in people's words; None for one that is not quantized, or for none."""
+        state = None if self.unet is None else self.unet.quantized
+        return None if state is None else listing(state.formats)
 
     @property
     def parts(self) -> dict[str, Part[Any]]:
@@ -208,7 +224,8 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
 
     Takes the published `FaithDiff.bin`, the same tensors as safetensors, the `*_unet` and `*_adapter` files that
     `convert` writes, what training on any backbone gives, and the files with adapter and LoRA that
-    `extract-lora --adapter` writes. Every part is checked for missing and mis-shaped tensors.
+    `extract-lora --adapter` writes. Every part is checked for missing and mis-shaped tensors. The U-Net may be
+    quantized in one of ComfyUI's formats, and then have diffusers' names or ComfyUI's.
 
     Args:
         path: the file.
@@ -221,7 +238,7 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
     """
     path = Path(path)
     tensors, metadata = open_tensors(path)
-    states = _split(path, tensors)
+    states = _split(path, *take_quantized(path, tensors, metadata))
     unet = _part(path, "U-Net", states["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
     encoder = _part(path, "LQ encoder", states["lq_encoder"], LQEncoderConfig.from_shapes, LQEncoderConfig.shapes)
     alignment = _part(
@@ -265,16 +282,30 @@ def part_of(key: str) -> tuple[str, str] | None:
     return None
 
 
-def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in _NAMES}
+def _split(
+    path: Path, tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer]
+) -> dict[str, MutableMapping[str, Tensor]]:
+    """The parts' tensors, of those that are stored as they are and of quantized layers."""
+    whole = QuantizedState(tensors, layers)
+    if layers:
+        whole = _with_diffusers_names(whole)
+    parts = {name: QuantizedState({}, {}) for name in _NAMES}
     other: list[str] = []
-    for key, value in tensors.items():
+    for key in whole:
         place = part_of(key)
-        if place is not None:
-            parts[place[0]][place[1]] = value
-        elif not key.startswith(IGNORED_PREFIXES):
-            other.append(key)
-    foreign = foreign_kind(list(tensors), tensors)
+        layer = whole.layers.get(key.removesuffix(".weight"))
+        if place is None:
+            other += [key] * (not key.startswith(IGNORED_PREFIXES))
+        elif layer is None:
+            parts[place[0]].plain[place[1]] = whole.plain[key]
+        elif place[0] == "unet":
+            parts[place[0]].layers[place[1].removesuffix(".weight")] = layer
+        else:
+            raise WeightsError(
+                f"{path.name}: {key} of the {_NAMES[place[0]]} is quantized ({layer.form.key}). Only the U-Net may be: "
+                f"the other parts are small. {REDOWNLOAD}"
+            )
+    foreign = foreign_kind(list(whole), whole)
     if foreign is not None:
         raise WeightsError(f"{path.name} is {foreign}, not a FaithDiff file. {REDOWNLOAD}")
     if not any(parts.values()):
@@ -287,7 +318,19 @@ def _split(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Ten
             f"{path.name} has {len(other)} tensor(s) that FaithDiff does not know, such as {listing(other[:3])}. It "
             f"is another model, or a later version of FaithDiff than this one reads. {REDOWNLOAD}"
         )
-    return parts
+    return {name: state if state.layers else state.plain for name, state in parts.items()}
+
+
+def _with_diffusers_names(state: QuantizedState) -> QuantizedState:
+    """A file's tensors with diffusers' names for the U-Net's, which quantized files have under ComfyUI's."""
+    names = {key: name for name, key in diffusers_names(set(state)).items()}
+    return QuantizedState(
+        {names.get(key, key): value for key, value in state.plain.items()},
+        {
+            names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight"): value
+            for layer, value in state.layers.items()
+        },
+    )
 
 
 def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
@@ -322,15 +365,15 @@ def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
 def _part(
     path: Path,
     name: str,
-    state: dict[str, Tensor],
+    state: MutableMapping[str, Tensor],
     read: Callable[[Mapping[str, Shape]], Config],
     expected: Callable[[Config], dict[str, Shape]],
 ) -> Part[Config] | None:
     """Read a part's sizes, and compare all of its tensors with what these sizes call for; None for no tensors."""
     if not state:
         return None
-    _check_dtypes(path, name, state)
-    shapes: dict[str, Shape] = {key: tuple(value.shape) for key, value in state.items()}
+    _check_dtypes(path, name, state.plain if isinstance(state, QuantizedState) else state)
+    shapes = shapes_of(state)
     try:
         config = read(shapes)
         wanted = expected(config)
@@ -364,7 +407,7 @@ def _part(
     return Part(state, config)
 
 
-def _lora_part(path: Path, state: dict[str, Tensor]) -> Part[LoRASizes] | None:
+def _lora_part(path: Path, state: MutableMapping[str, Tensor]) -> Part[LoRASizes] | None:
     """Read a LoRA's sizes; which U-Net it fits shows when it is added to one."""
     if not state:
         return None

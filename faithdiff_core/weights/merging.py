@@ -64,6 +64,8 @@ class UNetSource:
         """
         self.path = Path(path)
         self.readers = [TensorReader(file) for file in _unet_files(self.path)]
+        for reader in self.readers:
+            reader.check_not_quantized()
         self.names: dict[str, tuple[TensorReader, str]] = {}
         keys = {key: reader for reader in self.readers for key in reader.kinds}
         for name, key in diffusers_names(set(keys)).items():

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..dtypes import dtype_name, widened
 from ..errors import SettingsError, WeightsError
+from ..finite import is_finite
 from ..models.shapes import Shape
 from .messages import gigabytes
 from .safetensors_file import ALL_TORCH_DTYPES, METADATA
@@ -157,6 +158,19 @@ def copy_tensor(file: BinaryIO, layout: Layout, key: str, value: Tensor) -> None
     file.seek(layout.places[key][0])
     if value.numel():
         file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def check_finite(source: str, key: str, value: Tensor) -> None:
+    """Refuse a tensor with values that no dtype holds.
+
+    Args:
+        source: name of the file that the value comes from, for the error.
+
+    Raises:
+        WeightsError: a value is NaN or infinite.
+    """
+    if not is_finite(value):
+        raise WeightsError(f"{source}: {key} holds NaN or infinite values. The file is corrupted; download it again.")
 
 
 def _cast_blocks(source: str, key: str, value: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:

@@ -12,6 +12,7 @@ from ..dtypes import READABLE_DTYPES, dtype_name
 from ..errors import WeightsError
 from ..models.shapes import Shape
 from .checkpoint_file import check_file, open_tensors, unreadable
+from .quantized_state import check_not_quantized
 from .safetensors_file import ALL_TORCH_DTYPES, read_header
 
 REMAP_BYTES = 512 * 2**20
@@ -69,6 +70,16 @@ class TensorReader:
         value = self._tensors[name]
         self._mapped += value.nbytes
         return value
+
+    def check_not_quantized(self) -> None:
+        """Refuse a file with quantized layers, whose values are wrong without their scales.
+
+        Raises:
+            WeightsError: it is one.
+        """
+        check_not_quantized(
+            self.path.name, self.kinds, self.metadata, "Give the file that it was made from, in fp16, bf16 or fp32."
+        )
 
     def check_weight(self, name: str) -> None:
         """Refuse a tensor that is no weight.

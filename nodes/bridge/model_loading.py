@@ -20,6 +20,7 @@ from ...faithdiff_core.models.alignment import AlignmentConfig
 from ...faithdiff_core.tiling.blend import complete, composite_spans
 from ...faithdiff_core.tiling.grid import check_tile_size
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
+from ...faithdiff_core.weights.unet_names import checkpoint_names
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
 from .backbones import check_backbone
@@ -54,7 +55,7 @@ def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Mo
         disable_dynamic: ComfyUI's argument: make a MODEL without dynamic video memory.
 
     Raises:
-        WeightsError: the U-Net is not one that ComfyUI knows.
+        WeightsError: the U-Net is not one that ComfyUI knows, or a quantized one in another dtype.
     """
     weights = read_faithdiff(path)
     if weights.unet is None:
@@ -67,6 +68,11 @@ def _unet_model(
 ) -> ModelPatcher:
     """A MODEL of a U-Net that has been read."""
     path, prediction = weights.path, weights.prediction
+    if weights.quantization is not None and weight_dtype != "default":
+        raise WeightsError(
+            f"{path.name} holds a quantized U-Net ({weights.quantization}), whose weights cannot be kept in "
+            f"{weight_dtype}. Set weight_dtype to default, or choose the file that it was made from."
+        )
     model_options: dict[str, Any] = {}
     dtype = WEIGHT_DTYPES[weight_dtype]
     if dtype is not None:
@@ -74,7 +80,7 @@ def _unet_model(
         if dtype == torch.float8_e4m3fn:
             model_options["fp8_optimizations"] = True
     model = comfy.sd.load_diffusion_model_state_dict(
-        dict(unet.state), model_options=model_options, disable_dynamic=disable_dynamic
+        unet_tensors(unet), model_options=model_options, disable_dynamic=disable_dynamic
     )
     if model is None:
         raise WeightsError(
@@ -84,6 +90,21 @@ def _unet_model(
     take_sampling(model, weights.backbone, prediction)
     model.cached_patcher_init = (load_unet, (str(path), weight_dtype))
     return model
+
+
+def unet_tensors(unet: Part[UNetConfig]) -> dict[str, torch.Tensor]:
+    """A U-Net's tensors as ComfyUI's loader takes them.
+
+    Quantized layers stay so: ComfyUI reads them under its own names, and a U-Net in diffusers' format without them.
+    """
+    if unet.quantized is None:
+        return dict(unet.state)
+    names = checkpoint_names(unet.config)
+    tensors = {names[key]: value for key, value in unet.quantized.plain.items()}
+    for name, layer in unet.quantized.layers.items():
+        own = names[f"{name}.weight"].removesuffix(".weight")
+        tensors |= {f"{own}.{end}": value for end, value in layer.stored().items()}
+    return tensors
 
 
 def load_faithdiff(
@@ -123,6 +144,12 @@ def load_faithdiff(
     if base is not None:
         model = base.clone()
         _check_base(model, weights, weights.alignment.config)
+        if weights.quantization is not None and unet_strength > 0.0:
+            raise WeightsError(
+                f"{weights.path.name} holds a quantized U-Net ({weights.quantization}), which cannot be mixed into "
+                f"`model`. Disconnect `model` to use FaithDiff's U-Net as it is, set unet_strength to 0, or choose the "
+                f"file that it was made from."
+            )
         if weights.unet is not None and trained_from is not None:
             if unet_strength > 0.0:
                 add_difference(model, trained_from, weights, weights.unet, unet_strength)

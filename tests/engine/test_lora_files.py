@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.golden import golden_case
 from support.lora import add_by_hand, trained_from, write_checkpoint
 from torch import Tensor
 
 from faithdiff_core import SettingsError, WeightsError
-from faithdiff_core.engine import FaithDiffPipeline, TextConditioning
+from faithdiff_core.engine import FaithDiffPipeline
 from faithdiff_core.weights.lora_extraction import ExtractionSettings, extract_lora
 
 if TYPE_CHECKING:
@@ -39,23 +40,6 @@ def combined(base_folder: Path, golden: Golden) -> Path:
     path = base_folder.parent / "tiny_faithdiff_lora.safetensors"
     settings = ExtractionSettings(rank=4096, ranks=(8,), dtype="fp32")
     return extract_lora(golden.model, base_folder, path, settings, adapter=golden.model).path
-
-
-def golden_case(pipeline: FaithDiffPipeline, golden: Golden, name: str) -> Tensor:
-    """The latent of a golden case."""
-    case = next(case for case in golden.manifest["cases"] if case["name"] == name)
-    tensors = golden.tensors
-    return pipeline.sample(
-        tensors[f"{name}.lq_features"],
-        TextConditioning(*(tensors[key] for key in ("pos", "pos_pooled", "neg", "neg_pooled"))),
-        tensors[f"{name}.noise"],
-        lq_latent=tensors.get(f"{name}.lr_latent"),
-        steps=case["steps"],
-        cfg=case["cfg"],
-        start=case["start"],
-        tile=case["tile"],
-        overlap=1 - case["overlap"],
-    )
 
 
 def relative(got: Tensor, expected: Tensor) -> float:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from faithdiff_core.engine import FaithDiffPipeline
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -43,3 +46,22 @@ def read_golden() -> Golden:
 
     manifest = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
     return Golden(manifest, load_file(GOLDEN / "expected.safetensors"), GOLDEN)
+
+
+def golden_case(pipeline: FaithDiffPipeline, golden: Golden, name: str) -> Tensor:
+    """The final latent that the engine gives for a golden case; the expected one is the tensor `<name>.latent`."""
+    from faithdiff_core.engine import TextConditioning
+
+    case = next(case for case in golden.manifest["cases"] if case["name"] == name)
+    tensors = golden.tensors
+    return pipeline.sample(
+        tensors[f"{name}.lq_features"],
+        TextConditioning(*(tensors[key] for key in ("pos", "pos_pooled", "neg", "neg_pooled"))),
+        tensors[f"{name}.noise"],
+        lq_latent=tensors.get(f"{name}.lr_latent"),
+        steps=case["steps"],
+        cfg=case["cfg"],
+        start=case["start"],
+        tile=case["tile"],
+        overlap=1 - case["overlap"],
+    )
