@@ -1,4 +1,4 @@
-"""`python -m benchmarks.document`: write the tables of docs/performance.md from the reports in benchmarks/results.
+"""`python -m benchmarks.document`: write the tables of the documents from the reports in benchmarks/results.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a report's name without `.json`, and
 after a colon rows of it, separated by commas: `<!-- table: cpu_quick: floor,alignment -->`.
@@ -14,7 +14,7 @@ from .results import Report, table
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCUMENT = REPO / "docs" / "performance.md"
+DOCUMENTS = (REPO / "docs" / "performance.md", REPO / "docs" / "quantized.md")
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>\w+)(?:: (?P<rows>[\w, -]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -51,8 +51,9 @@ def filled(document: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the document."""
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrite the documents."""
+    for path in DOCUMENTS:
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import host, rows_core, rows_engine, rows_files, rows_grid, rows_host, rows_peers, shared
+from . import host, rows_core, rows_engine, rows_files, rows_grid, rows_host, rows_peers, rows_quantized, shared
 from .results import Result
 from .settings import Settings
 
@@ -46,6 +46,7 @@ ROWS = (
     ),
     Row("tile-grid-time", "a whole restoration in moving tiles", rows_grid.time_rows, on_gpu=False),
     Row("tile-grid", "moving tiles against the published grid, on photographs", rows_grid.rows, on_gpu=False),
+    Row("quantized", "errors of the U-Net in 8 bits and fewer", rows_quantized.rows, on_gpu=False),
     Row("import", "start-up", rows_files.start, on_gpu=False),
     Row("files", "loading and converting against reading and copying", rows_files.files, on_gpu=False),
     Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),

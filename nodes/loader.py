@@ -42,7 +42,7 @@ class FaithDiffModelLoader(io.ComfyNode):
                     default="default",
                     tooltip="Precision of the U-Net's weights. `default` lets ComfyUI choose for your card; fp8 halves "
                     "the memory of fp16 (2.6 instead of 5.1 GB) for a small loss of detail; fp32 is for comparisons. A "
-                    "connected MODEL keeps its own precision.",
+                    "connected MODEL keeps its own precision, and so does a quantized file (`default` only).",
                 ),
                 io.Model.Input(
                     "model",

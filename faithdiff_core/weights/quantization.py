@@ -21,6 +21,7 @@ from ..dtypes import dtype_name
 from ..errors import MissingPackageError, WeightsError
 from ..finite import is_finite
 from ..models.shapes import Shape
+from .unet_shapes import UNetConfig
 
 MARK = "comfy_quant"
 """A quantized layer's entry with its format."""
@@ -119,6 +120,21 @@ FORMATS = {form.key: form for form in (*QUANTIZED_DTYPES.values(), FP8_E5M2_SCAL
 def format_name(form: QuantizedFormat) -> str:
     """What people call a format."""
     return next((name for name, known in QUANTIZED_DTYPES.items() if known is form), form.key)
+
+
+def quantized_weights(config: UNetConfig, form: QuantizedFormat) -> dict[str, Shape]:
+    """The weights of a U-Net that are quantized, by diffusers' names: those of its transformers' linear layers.
+
+    ComfyUI has no quantized convolutions, and the few linear layers that embed time, size and text stay as they are:
+    every other layer depends on them.
+    """
+    shapes = config.shapes().items()
+    chosen = {name: shape for name, shape in shapes if ".attentions." in name and form.fits(shape)}
+    if form.values > 1:
+        # ComfyUI reads the width of the text embeddings off this layer's stored shape.
+        level = next(level for level, depth in enumerate(config.transformer_depths) if depth)
+        del chosen[f"down_blocks.{level}.attentions.0.transformer_blocks.0.attn2.to_k.weight"]
+    return chosen
 
 
 def quantize(value: Tensor, form: QuantizedFormat) -> Entries:

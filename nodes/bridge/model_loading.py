@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
+import comfy.quant_ops
 import comfy.sd
 import comfy.utils
 import torch
@@ -96,9 +97,18 @@ def unet_tensors(unet: Part[UNetConfig]) -> dict[str, torch.Tensor]:
     """A U-Net's tensors as ComfyUI's loader takes them.
 
     Quantized layers stay so: ComfyUI reads them under its own names, and a U-Net in diffusers' format without them.
+
+    Raises:
+        WeightsError: this ComfyUI is older than their format.
     """
     if unet.quantized is None:
         return dict(unet.state)
+    unknown = {layer.form.key for layer in unet.quantized.layers.values()} - comfy.quant_ops.QUANT_ALGOS.keys()
+    if unknown:
+        raise WeightsError(
+            f"this ComfyUI does not know the quantized format {', '.join(sorted(unknown))} (int8 came with 0.27). "
+            f"Update ComfyUI, or convert the model to fp8_scaled."
+        )
     names = checkpoint_names(unet.config)
     tensors = {names[key]: value for key, value in unet.quantized.plain.items()}
     for name, layer in unet.quantized.layers.items():

@@ -99,6 +99,8 @@ def test_tables_are_made_from_reports(tmp_path: Path, monkeypatch: pytest.Monkey
         document.filled("<!-- table: quick: c -->\n<!-- end of table -->")
 
 
-def test_the_document_holds_the_tables_of_its_reports() -> None:
-    text = document.DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.parametrize("path", document.DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_hold_the_tables_of_their_reports(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "<!-- table: " in text
     assert document.filled(text) == text

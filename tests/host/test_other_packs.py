@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import Host
-from safetensors.torch import save_file
-from support.host_sampling import Setup, images, load, relative, sized
+from safetensors.torch import load_file, save_file
+from support.host_sampling import Setup, images, load, random_restoration, relative, sized
 from support.node_survey import Survey, find_nodes, survey_setup
 from support.node_survey.trial import noise, sample
 from support.node_survey.values import GRID, HEIGHT, OVERLAP, TILE, WIDTH, Values
@@ -31,10 +31,15 @@ from support.other_packs import (
     load_pack,
     packs_folder,
     with_ipadapter,
+    write_gguf,
 )
+from tiny_models.reduced_sdxl import write_narrow_faithdiff
 from torch import Tensor
 
+from faithdiff_core import read_faithdiff
 from faithdiff_core.tiling.grid import Tile
+from faithdiff_core.weights.conversion import convert
+from faithdiff_core.weights.unet_names import checkpoint_names
 
 TOLERANCE = 1e-4
 
@@ -318,6 +323,33 @@ def test_gguf(packs: Path, pack: Callable[[str], set[str]], host: Host, values: 
             assert strength > 0.0
             assert "GGUF" in found
             assert "unet_strength" in found
+
+
+@torch.no_grad()
+def test_a_gguf_file(packs: Path, pack: Callable[[str], set[str]], host: Host, tmp_path: Path) -> None:
+    """The U-Net of `convert`, made a GGUF file: the pack's loader and our adapter restore as its weights do."""
+    pack("ComfyUI-GGUF")
+    models = host.base / "models"
+    for folder in ("diffusion_models", "faithdiff"):
+        (models / folder).mkdir(exist_ok=True)
+    write_narrow_faithdiff(tmp_path / "gguf.bin")
+    unet, adapter = convert(tmp_path / "gguf.bin", models / "faithdiff")
+    # By diffusers' names ComfyUI knows a U-Net of SDXL's full widths alone.
+    names = checkpoint_names(read_faithdiff(unet).parts["unet"].config)
+    state = {names[key]: value for key, value in load_file(unet).items()}
+    plain = write_gguf(models / "diffusion_models" / "narrow.gguf", state)
+    save_file(plain, models / "diffusion_models" / "narrow_plain.safetensors")
+    results = []
+    for node, name, more in (
+        ("UnetLoaderGGUF", "narrow.gguf", {}),
+        ("UNETLoader", "narrow_plain.safetensors", {"weight_dtype": "default"}),
+    ):
+        (model,) = host.call(node, unet_name=name, **more)
+        model, faithdiff = host.call(
+            "FaithDiffModelLoader", faithdiff_name=adapter.name, weight_dtype="default", model=model
+        )
+        results.append(random_restoration(host, model, faithdiff))
+    assert relative(*results) < 5e-3  # the pack computes in half precision in places
 
 
 def test_rgthree(packs: Path, pack: Callable[[str], set[str]], host: Host, values: Values) -> None:

@@ -115,6 +115,17 @@ def load(host: Host, name: str = GOLDEN_FILE, **kw: Any) -> Setup:
     return Setup(host, model, faithdiff, positive, negative)
 
 
+def random_restoration(host: Host, model: Any, faithdiff: Any) -> Tensor:
+    """The latent of one step with a model in SDXL's widths, from a random image and random texts."""
+    generator = torch.Generator().manual_seed(0)
+    texts: list[list[Any]] = [
+        [[torch.randn(1, 77, 2048, generator=generator), {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+        for _ in range(2)
+    ]
+    setup = Setup(host, model, faithdiff, *texts)
+    return setup.restore(setup.features(images(64, 64)), steps=1)
+
+
 def sized(conditioning: Any, tile: Tile, size: tuple[int, int], target: int) -> Any:
     """The published size conditioning of a tile, by the host's own keys (CLIPTextEncodeSDXL's).
 

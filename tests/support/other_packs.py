@@ -145,6 +145,31 @@ def gguf_model(host: Host, state: dict[str, Tensor]) -> tuple[Any, dict[str, Ten
     return patcher.clone(base(model, load_device=device, offload_device=torch.device("cpu"))), plain
 
 
+def write_gguf(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write a U-Net of SDXL as a GGUF file, its matrices in Q8_0.
+
+    Returns:
+        The weights in it, dequantised.
+    """
+    gguf = importlib.import_module("gguf")
+    kinds = gguf.GGMLQuantizationType
+    writer = gguf.GGUFWriter(path, arch="sdxl")
+    plain = {}
+    for key, value in state.items():
+        data = value.float().numpy()
+        kind = kinds.F32 if value.ndim == 1 else kinds.F16
+        if value.ndim == 2 and value.shape[-1] % 32 == 0:
+            kind = kinds.Q8_0
+        blocks = gguf.quants.quantize(data, kind)
+        writer.add_tensor(key, blocks, raw_dtype=kind)
+        plain[key] = torch.from_numpy(gguf.quants.dequantize(blocks, kind).reshape(data.shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return plain
+
+
 def face(left: int, top: int, right: int, bottom: int) -> Any:
     """What Impact Pack's detectors give for a box."""
     seg = importlib.import_module("impact.core").SEG

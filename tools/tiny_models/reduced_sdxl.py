@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -150,6 +151,16 @@ def write_small_controlnet(path: Path, *, seed: int = 4) -> None:
     save_file({key: value.contiguous() for key, value in state.items()}, path)
 
 
+def write_narrow_faithdiff(path: Path, *, seed: int = 2) -> None:
+    """Write a FaithDiff file whose U-Net ComfyUI detects as SDXL: as deep, but with 320 channels on all levels.
+
+    Args:
+        path: ends in .bin. The U-Net has 240 million parameters.
+        seed: of the weights.
+    """
+    _write_faithdiff(path, replace(UNetConfig.of(SDXL), block_out_channels=(320, 320, 320), mid_depth=1), seed)
+
+
 def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
     """Write a file with all tensors of FaithDiff.bin in their published shapes, a few megabytes on disk.
 
@@ -157,7 +168,10 @@ def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
         path: ends in .bin.
         seed: of the weights.
     """
-    unet = UNetConfig.of(SDXL)
+    _write_faithdiff(path, UNetConfig.of(SDXL), seed)
+
+
+def _write_faithdiff(path: Path, unet: UNetConfig, seed: int) -> None:
     weights = RandomWeights(seed)
     shapes = {**_adapter_shapes(), **unet.shapes()}
     torch.save({key: weights.tensor(key, shape) for key, shape in shapes.items()}, path)

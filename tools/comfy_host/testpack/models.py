@@ -67,6 +67,25 @@ def tiny_model(
     return comfy.model_patcher.CoreModelPatcher(model, load_device=load_device, offload_device=offload_device)
 
 
+def quantized_model(state: dict[str, Tensor]) -> comfy.model_patcher.ModelPatcher:
+    """An SDXL MODEL around a quantized U-Net of `GOLDEN_UNET`'s sizes, as ComfyUI's loader makes one.
+
+    Args:
+        state: the U-Net's tensors as a file has them, under the host's names.
+
+    Raises:
+        ValueError: tensors are missing or unknown.
+    """
+    config = comfy.supported_models.SDXL(dict(GOLDEN_UNET))
+    config.quant_config = comfy.utils.detect_layer_quantization(state, "")
+    config.set_inference_dtype(torch.float32, torch.float32)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    model = config.get_model({}, "", device=offload_device)
+    load_exactly(model.diffusion_model, dict(state))
+    return comfy.model_patcher.CoreModelPatcher(model, load_device=load_device, offload_device=offload_device)
+
+
 def load_exactly(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights into one of the host's modules, which begin with uninitialised memory.
 
