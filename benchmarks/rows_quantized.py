@@ -16,6 +16,7 @@ from typing import Any
 from zlib import crc32
 
 import torch
+import torch.nn.functional as F
 from comfy_host import REPO
 from torch import Tensor, nn
 
@@ -97,31 +98,45 @@ def rows(settings: Settings) -> Iterator[Result]:
     """Errors of restorations with the golden model, and of one call of the published U-Net."""
     settings.say("the golden model")
     _, golden, _ = _golden()
-    rounded = roundings(read_faithdiff(golden.model).parts["unet"].config)
     case = f"golden model, {GOLDEN_CASE}: error of the final latent"
-    yield from _results(case, lambda name: _golden_error(rounded[name]))
+    rounded, absent = _available(read_faithdiff(golden.model).parts["unet"].config)
+    yield from _results(case, {name: _golden_error(rounding) for name, rounding in rounded.items()}, absent)
     case = f"published U-Net, random weights, one call at {8 * SIDE} px: error of the output"
     if settings.quick:
         yield missing("quantized", case, "takes minutes; run without --quick")
-    else:
-        published = UNetConfig.of(SDXL)
-        call = StreamedUNet(models.UNET, settings.say)
-        yield from _results(case, lambda name: call.error(name, roundings(published)[name]))
-        for name in CONVERTED:
-            size = Spread((_size(published, name),))
-            yield Result("quantized", f"published U-Net, {name}: size of the file", "GB", size, kind="counted")
+        return
+    settings.say("the published U-Net, a layer at a time")
+    published = UNetConfig.of(SDXL)
+    rounded, absent = _available(published)
+    outputs = StreamedUNet(models.UNET, rounded).outputs()
+    yield from _results(case, {name: error(outputs[name], outputs["fp32"]) for name in rounded}, absent)
+    for name in CONVERTED:
+        size = Spread((_size(published, name),))
+        yield Result("quantized", f"published U-Net, {name}: size of the file", "GB", size, kind="counted")
 
 
-def _results(case: str, measure: Callable[[str], float]) -> Iterator[Result]:
-    """A line for each format, beside fp8 without scales."""
-    peer = Spread((measure(PEER),))
-    for name in (*CONVERTED, *GGUF):
+def _available(config: UNetConfig) -> tuple[dict[str, Rounding], dict[str, str]]:
+    """The formats that can be had here, and for the others what they need."""
+    rounded, absent = roundings(config), {}
+    layer = next(iter(quantized_weights(config, INT8)))
+    for name, rounding in list(rounded.items()):
         try:
-            found = peer if name == PEER else Spread((measure(name),))
+            rounding(layer, torch.ones(32, 32))
         except MissingPackageError as missed:
-            yield missing("quantized", f"{case}, {name}", str(missed))
-        else:
-            yield Result("quantized", f"{case}, {name}", "%", found, peer, PEER, found.over(peer), "error")
+            absent[name] = str(missed)
+            del rounded[name]
+    return rounded, absent
+
+
+def _results(case: str, errors: dict[str, float], absent: dict[str, str]) -> Iterator[Result]:
+    """A line for each format, beside fp8 without scales."""
+    peer = Spread((errors[PEER],))
+    for name in (*CONVERTED, *GGUF):
+        if name in absent:
+            yield missing("quantized", f"{case}, {name}", absent[name])
+            continue
+        found = Spread((errors[name],))
+        yield Result("quantized", f"{case}, {name}", "%", found, peer, PEER, found.over(peer), "error")
 
 
 def _size(config: UNetConfig, name: str) -> float:
@@ -167,60 +182,70 @@ def _golden() -> tuple[Any, Any, Callable[..., Tensor]]:
 
 
 class StreamedUNet:
-    """A U-Net of any size in little memory: a layer's weights are made when it is called, and let go of after it.
+    """A U-Net of any size in little memory, in several formats at once.
 
-    They are normal numbers that keep the variance, from a seed that hangs on the layer's name: the same in every call.
+    A layer's weights are made when it is called, and let go of after it: normal numbers that keep the variance, from a
+    seed that hangs on the layer's name. The batch has a row for each format, and each layer takes each row with the
+    weights that this format keeps.
     """
 
-    def __init__(self, config: dict[str, Any], say: Callable[[str], None]) -> None:
+    def __init__(self, config: dict[str, Any], rounded: dict[str, Rounding], side: int = SIDE) -> None:
+        """Build it without weights.
+
+        Args:
+            config: of diffusers' U-Net.
+            rounded: what the formats make of the weights, by name.
+            side: of the latent.
+        """
         from accelerate import init_empty_weights
         from diffusers import UNet2DConditionModel
 
         with init_empty_weights():
             self.unet = UNet2DConditionModel(**config).eval()
-        self._say = say
-        self._rounding: Rounding = lambda _, value: value
-        self._name = ""
+        self._rounded = {"fp32": lambda _, value: value} | rounded
         for name, module in self.unet.named_modules():
-            if list(module.parameters(recurse=False)):
-                module.register_forward_pre_hook(self._before(name))
-                module.register_forward_hook(self._after)
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.forward = self._forward(name, module)  # type: ignore[method-assign]
+            else:
+                for kind, parameter in list(module.named_parameters(recurse=False)):
+                    value = self.weight(f"{name}.{kind}", tuple(parameter.shape))
+                    module.register_parameter(kind, nn.Parameter(value, requires_grad=False))
         torch.manual_seed(0)
-        self.inputs = models.unet_inputs(1, SIDE, torch.device("cpu"), torch.float32)
-        self._expected: Tensor | None = None
-
-    def error(self, name: str, rounding: Rounding) -> float:
-        """The output's error where a format keeps the weights."""
-        if self._expected is None:
-            self._expected = self.call("fp32", lambda _, value: value)
-        return error(self.call(name, rounding), self._expected)
+        self.inputs = models.unet_inputs(1, side, torch.device("cpu"), torch.float32)
 
     @torch.no_grad()
-    def call(self, name: str, rounding: Rounding) -> Tensor:
-        """The output with weights in a format."""
-        self._say(f"the published U-Net in {name}")
-        self._name, self._rounding = name, rounding
-        output: Tensor = self.unet(**self.inputs, return_dict=False)[0]
-        return output
+    def outputs(self) -> dict[str, Tensor]:
+        """The output of one call by the format's name; `fp32` is that of the weights as they are."""
+        rows = len(self._rounded)
+        given = self.inputs
+        repeated = given | {
+            "sample": given["sample"].repeat(rows, 1, 1, 1),
+            "encoder_hidden_states": given["encoder_hidden_states"].repeat(rows, 1, 1),
+            "added_cond_kwargs": {key: value.repeat(rows, 1) for key, value in given["added_cond_kwargs"].items()},
+        }
+        output = self.unet(**repeated, return_dict=False)[0]
+        return dict(zip(self._rounded, output.split(1), strict=True))
 
-    def _before(self, layer: str) -> Callable[[nn.Module, Any], Any]:
-        def make(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            for kind, parameter in list(module.named_parameters(recurse=False)):
-                key = f"{layer}.{kind}"
-                value = self._rounding(key, self.weight(key, tuple(parameter.shape)))
-                module.register_parameter(kind, nn.Parameter(value, requires_grad=False))
-            if self._name == "int8" and INT8.fits(tuple(module.weight.shape)) and ".attentions." in layer:
-                # ComfyUI multiplies int8 by int8: what comes in is rounded to a grid for each row, too.
-                rows = args[0].flatten(0, -2)
-                return (dequantize(quantize(rows, INT8), INT8).view_as(args[0]), *args[1:])
-            return None
+    def _forward(self, name: str, module: nn.Linear | nn.Conv2d) -> Callable[..., Tensor]:
+        """What a layer computes, each row of its input with another format's weights."""
+        key, shape = f"{name}.weight", tuple(module.weight.shape)
+        bias = None if module.bias is None else self.weight(f"{name}.bias", tuple(module.bias.shape))
 
-        return make
+        def forward(x: Tensor, *_: Any) -> Tensor:
+            weight = self.weight(key, shape)
+            out = []
+            for (kind, rounding), row in zip(self._rounded.items(), x.split(1), strict=True):
+                kept = rounding(key, weight)
+                if isinstance(module, nn.Conv2d):
+                    out.append(F.conv2d(row, kept, bias, module.stride, module.padding))
+                    continue
+                if kind == "int8" and ".attentions." in name:
+                    # ComfyUI multiplies int8 by int8: what comes in is rounded to a grid for each token, too.
+                    row = dequantize(quantize(row.flatten(0, -2), INT8), INT8).view_as(row)
+                out.append(F.linear(row, kept, bias))
+            return torch.cat(out)
 
-    @staticmethod
-    def _after(module: nn.Module, args: Any, output: Any) -> None:
-        for kind, parameter in list(module.named_parameters(recurse=False)):
-            module.register_parameter(kind, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        return forward
 
     @staticmethod
     def weight(key: str, shape: tuple[int, ...]) -> Tensor:

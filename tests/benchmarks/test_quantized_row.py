@@ -20,23 +20,29 @@ TINY: dict[str, Any] = models.UNET | {
 
 
 @torch.no_grad()
-def test_a_streamed_unet_is_a_unet() -> None:
-    streamed = StreamedUNet(TINY, lambda line: None)
-    unet = UNet2DConditionModel(**TINY)
-    unet.load_state_dict({key: streamed.weight(key, tuple(value.shape)) for key, value in unet.state_dict().items()})
-    expected = unet(**streamed.inputs, return_dict=False)[0]
-    for _ in range(2):
-        assert torch.equal(streamed.call("fp32", lambda _, value: value), expected)
-    assert all(parameter.is_meta for parameter in streamed.unet.parameters())
-
-
-def test_errors_are_those_of_the_formats() -> None:
-    streamed = StreamedUNet(TINY, lambda line: None)
-    shapes = {key: tuple(value.shape) for key, value in streamed.unet.state_dict().items()}
+def test_a_streamed_unet_is_a_unet_in_each_format() -> None:
+    with torch.device("meta"):
+        shapes = {key: tuple(value.shape) for key, value in UNet2DConditionModel(**TINY).state_dict().items()}
     rounded = roundings(UNetConfig.from_shapes(shapes))
-    found = {name: streamed.error(name, rounded[name]) for name in ("fp16", "int8", "fp8_scaled", "fp8_e5m2")}
-    assert list(found) == sorted(found, key=lambda name: found[name])
-    assert found["fp16"] < 0.1
-    assert 0.5 < found["fp8_scaled"] < 10
-    assert streamed.error("fp32", lambda _, value: value) == pytest.approx(0, abs=1e-9)
+    names = ("fp16", "fp8_scaled", "fp8_e5m2")
+    streamed = StreamedUNet(TINY, {name: rounded[name] for name in names}, side=8)
+    outputs = streamed.outputs()
+    errors = {name: error(outputs[name], outputs["fp32"]) for name in names}
+    assert list(errors) == sorted(errors, key=lambda name: errors[name])
+    assert 0.5 < errors["fp8_scaled"] < 10
+    unet = UNet2DConditionModel(**TINY)
+    for name, rounding in {"fp32": lambda _, value: value, "fp8_scaled": rounded["fp8_scaled"]}.items():
+        unet.load_state_dict({key: rounding(key, streamed.weight(key, shape)) for key, shape in shapes.items()})
+        assert error(outputs[name], unet(**streamed.inputs, return_dict=False)[0]) < 1e-3
+
+
+def test_int8_rounds_what_comes_in_too() -> None:
+    shapes = {key: tuple(value.shape) for key, value in UNet2DConditionModel(**TINY).state_dict().items()}
+    rounding = roundings(UNetConfig.from_shapes(shapes))["int8"]
+    outputs = StreamedUNet(TINY, {"weights": rounding, "int8": rounding}, side=8).outputs()
+    weights, both = (error(outputs[name], outputs["fp32"]) for name in ("weights", "int8"))
+    assert weights < both < 4 * weights
+
+
+def test_error_is_a_part_of_the_length() -> None:
     assert error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 5.0])) == pytest.approx(100 / 34**0.5)
