@@ -67,9 +67,9 @@ def type_of_quantized() -> type:
     return QuantizedTensor  # type: ignore[no-any-return]
 
 
-def restored(host: Host, model: Any, lora: float = 0.0, unet_strength: float = 0.0) -> Tensor:
+def restored(host: Host, model: Any, lora: float = 0.0, unet_strength: float = 0.0, base_model: Any = None) -> Tensor:
     """The latent that a MODEL restores with the golden adapter."""
-    setup = load(host, model=model, unet_strength=unet_strength)
+    setup = load(host, model=model, unet_strength=unet_strength, base_model=base_model)
     if lora:
         setup.model = host.call("TestLoRA", model=setup.model, seed=3, strength=lora)[0]
     return setup.restore(setup.features(images(64, 64)), steps=STEPS)
@@ -112,7 +112,17 @@ def test_a_quantized_model_of_the_users(host: Host, quantized: Quantized, format
     assert relative(found, expected) < 2 * ERRORS[format_name][1]
 
 
-def test_quantized_as_comfyui_does() -> None:
+@torch.no_grad()
+def test_a_quantized_base(host: Host, quantized: Quantized) -> None:
+    """`base_model` may be quantized, as any MODEL."""
+    models = host.testpack.models
+    own = models.tiny_model(models.other_unet(1))
+    bases = (models.quantized_model(quantized.stored), models.tiny_model(quantized.weights))
+    found, expected = (restored(host, own, unet_strength=1.0, base_model=base) for base in bases)
+    assert relative(found, expected) < 1e-4
+
+
+def test_quantized_as_comfyui_does(host: Host) -> None:
     """Beside ComfyUI's own layouts: no worse, and the same numbers out of the same stored values."""
     from comfy_kitchen.tensor import QuantizedTensor
 
