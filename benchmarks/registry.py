@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from . import host, rows_core, rows_engine, rows_files, rows_grid, rows_host, rows_peers, rows_quantized, shared
+from . import (
+    host,
+    rows_core,
+    rows_engine,
+    rows_files,
+    rows_grid,
+    rows_host,
+    rows_lora,
+    rows_peers,
+    rows_quantized,
+    shared,
+)
 from .results import Result
 from .settings import Settings
 
@@ -49,6 +60,7 @@ ROWS = (
     Row("quantized", "errors of the U-Net in 8 bits and fewer", rows_quantized.rows, on_gpu=False),
     Row("import", "start-up", rows_files.start, on_gpu=False),
     Row("files", "loading and converting against reading and copying", rows_files.files, on_gpu=False),
+    Row("lora", "extracting a LoRA: time, memory and errors by rank", rows_lora.extraction, on_gpu=False),
     Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),
     Row("nodes-tiled", "tiles through the nodes against untiled steps", rows_host.tiled, "host"),
     Row("supir", "the nodes against ComfyUI's SUPIR", rows_host.supir, "host"),

@@ -73,7 +73,7 @@ def test_the_gpu_preset_asks_for_a_gpu_and_leaves_out_rows_without_one() -> None
     with pytest.raises(SystemExit, match="needs a GPU"):
         command.main(["--device", "cpu", "--preset", "gpu"])
     elsewhere = {row.name for row in registry.ROWS if not row.on_gpu}
-    assert elsewhere == {"floor", "import", "files", "tile-grid", "tile-grid-time"}
+    assert elsewhere == {"floor", "import", "files", "lora", "quantized", "tile-grid", "tile-grid-time"}
 
 
 def test_reports_survive_json() -> None:
