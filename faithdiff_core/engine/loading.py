@@ -16,8 +16,8 @@ from ..backbone import BACKBONES, Backbone, backbone_of
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import MissingPackageError, SettingsError, WeightsError, install_extra
 from ..weights.faithdiff_file import FaithDiffWeights
-from ..weights.lora_width import check_lora
 from ..weights.quantized_state import shapes_of
+from ..weights.recognition import CHECKPOINT, UNET, check_lora, recognize
 from ..weights.tensor_reader import TensorReader
 from ..weights.unet_names import diffusers_names
 from ..weights.unet_shapes import family_of
@@ -115,7 +115,7 @@ def load_base(
     if not path.exists():
         raise WeightsError(f"There is no {backbone.name} checkpoint {path}. Check the name and the folder.")
     if path.is_file():
-        _check_backbone(path, _backbone_of_file(path), faithdiff)
+        _check_file(path, faithdiff)
     folder = path if path.is_dir() else _config_folder(config, backbone)
     _check_index(folder, faithdiff)
     parts = without_checkers(backbone)
@@ -221,15 +221,21 @@ def backbone_of_unet(config: Mapping[str, Any]) -> Backbone:
     return backbone_of(config.get("addition_embed_type") == "text_time", bool(config.get("use_linear_projection")))
 
 
-def _backbone_of_file(path: Path) -> Backbone | None:
-    """The family of a single file's U-Net; None where there is none that is known."""
+def _check_file(path: Path, faithdiff: FaithDiffWeights) -> None:
+    """Check that a single file may be a checkpoint of FaithDiff's backbone."""
     try:
         reader = TensorReader(path)
     except WeightsError:
-        return None  # diffusers reads more kinds of files, and has its own words for those that it cannot read
+        return  # diffusers reads more kinds of files, and has its own words for those that it cannot read
     reader.check_not_quantized()  # diffusers would take the weights without their scales
-    kinds = reader.kinds
-    return family_of({name: kinds[key][1] for name, key in diffusers_names(set(kinds)).items()})
+    found = recognize(reader.shapes, reader.metadata)
+    if found is not None and found.kind not in (CHECKPOINT, UNET):
+        raise WeightsError(
+            f"{path.name} is {found.words}, but the model must be a checkpoint. {found.use} Give an "
+            f"{faithdiff.backbone.name} checkpoint in one file, or a folder in diffusers' format."
+        )
+    names = diffusers_names(set(reader.kinds))
+    _check_backbone(path, family_of({name: reader.kinds[key][1] for name, key in names.items()}), faithdiff)
 
 
 def _check_backbone(path: Path, backbone: Backbone | None, faithdiff: FaithDiffWeights) -> None:

@@ -26,6 +26,7 @@ from .lora_names import LORA_PREFIX, LoRASizes
 from .marks import IN_WORDS, PREDICTIONS, marked_backbone, marked_prediction
 from .messages import REDOWNLOAD, listing
 from .quantized_state import QuantizedLayer, QuantizedState, shapes_of, take_quantized
+from .recognition import recognize
 from .unet_names import DIFFUSERS_PREFIXES, diffusers_names
 from .unet_shapes import UNetConfig
 
@@ -238,7 +239,7 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
     """
     path = Path(path)
     tensors, metadata = open_tensors(path)
-    states = _split(path, *take_quantized(path, tensors, metadata))
+    states = _split(path, *take_quantized(path, tensors, metadata), metadata)
     unet = _part(path, "U-Net", states["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
     encoder = _part(path, "LQ encoder", states["lq_encoder"], LQEncoderConfig.from_shapes, LQEncoderConfig.shapes)
     alignment = _part(
@@ -283,7 +284,7 @@ def part_of(key: str) -> tuple[str, str] | None:
 
 
 def _split(
-    path: Path, tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer]
+    path: Path, tensors: dict[str, Tensor], layers: dict[str, QuantizedLayer], metadata: Mapping[str, str]
 ) -> dict[str, MutableMapping[str, Tensor]]:
     """The parts' tensors, of those that are stored as they are and of quantized layers."""
     whole = QuantizedState(tensors, layers)
@@ -305,9 +306,10 @@ def _split(
                 f"{path.name}: {key} of the {_NAMES[place[0]]} is quantized ({layer.form.key}). Only the U-Net may be: "
                 f"the other parts are small. {REDOWNLOAD}"
             )
-    foreign = foreign_kind(list(whole), whole)
+    foreign = recognize(shapes_of(whole), metadata)
     if foreign is not None:
-        raise WeightsError(f"{path.name} is {foreign}, not a FaithDiff file. {REDOWNLOAD}")
+        use = f"{foreign.use} " if foreign.use else ""
+        raise WeightsError(f"{path.name} is {foreign.words}, not a FaithDiff file. {use}{REDOWNLOAD}")
     if not any(parts.values()):
         raise WeightsError(
             f"{path.name} has none of FaithDiff's tensors; its first ones are {listing(sorted(tensors)[:3])}. "
@@ -331,35 +333,6 @@ def _with_diffusers_names(state: QuantizedState) -> QuantizedState:
             for layer, value in state.layers.items()
         },
     )
-
-
-def foreign_kind(keys: list[str], tensors: Mapping[str, Tensor]) -> str | None:
-    """Name well-known files that people pick by mistake."""
-    if not keys:
-        return "an empty file without tensors"
-    if any(k.startswith(("denoise_encoder.", LAYERS_PREFIX)) for k in keys):
-        return None
-    if any("lora_" in k or ".lora." in k or k.endswith(".alpha") or "hada_" in k for k in keys):
-        return "a LoRA"
-    if any(k.startswith(("model.diffusion_model.", "first_stage_model.", "conditioner.")) for k in keys):
-        if any(k.startswith("conditioner.embedders.1.") for k in keys):
-            return "an SDXL checkpoint"
-        context = tensors.get("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-        if context is not None and context.shape[1] in (768, 1024):
-            return "an SD 1.5 checkpoint" if context.shape[1] == 768 else "an SD 2 checkpoint"
-        if any(k.startswith("model.diffusion_model.label_emb.") for k in keys):
-            whole = any(k.startswith(("first_stage_model.", "conditioner.")) for k in keys)
-            return "an SDXL checkpoint" if whole else "an SDXL U-Net as ComfyUI saves it"
-        return "a Stable Diffusion checkpoint"
-    if any(k.startswith("input_blocks.") for k in keys):
-        return "a U-Net in ComfyUI's own format"
-    if any(k.startswith(("controlnet_cond_embedding.", "control_model.", "controlnet_down_blocks.")) for k in keys):
-        return "a ControlNet"
-    if any(k.startswith("decoder.") for k in keys) and any(k.startswith("encoder.") for k in keys):
-        return "a VAE"
-    if any(k.startswith(("text_model.", "text_projection", "transformer.text_model.")) for k in keys):
-        return "a text encoder"
-    return None
 
 
 def _part(

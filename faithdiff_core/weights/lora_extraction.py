@@ -31,6 +31,7 @@ from .lora_report import ExtractionReport, LayerReport
 from .low_rank import decompose
 from .marks import marks
 from .merging import Difference, Progress, UNetSource, check_same_prediction
+from .recognition import LORA, PART_KEY
 from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
 from .tensor_reader import TensorReader
 from .unet_shapes import UNetConfig
@@ -323,7 +324,7 @@ class _Extraction:
         settings = self.settings
         return {
             "faithdiff.format_version": FORMAT_VERSION,
-            "faithdiff.part": "faithdiff_lora" if self.combined else "lora",
+            PART_KEY: "faithdiff_lora" if self.combined else LORA,
             "faithdiff.dtype": settings.dtype,
             "faithdiff.source": self.difference.faithdiff.path.name,
             **marks(SDXL, self.difference.faithdiff.prediction or NOISE),

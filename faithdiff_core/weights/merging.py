@@ -22,9 +22,9 @@ from ..dtypes import DTYPES
 from ..errors import SettingsError, WeightsError
 from ..finite import is_finite
 from ..models.shapes import Shape
-from .faithdiff_file import foreign_kind
 from .marks import marked_prediction
 from .messages import listing
+from .recognition import CHECKPOINT, MERGE_KEY, UNET, recognize, stated_prediction
 from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
 from .tensor_reader import TensorReader
 from .unet_names import diffusers_names
@@ -34,10 +34,6 @@ LEAST_SIMILARITY = 0.5
 """Cosine of FaithDiff's weights and the base's below which the base is another model. Fine-tuning keeps it near 1;
 models that were trained apart have none.
 """
-
-MARKED_EDM = ("edm_mean", "edm_vpred.sigma_max")
-MARKED_V = "v_pred"
-"""Entries of single files by which they say that they predict something else than noise."""
 
 UNET_FOLDER = "unet"
 """Where a model in diffusers' format keeps the U-Net."""
@@ -73,9 +69,9 @@ class UNetSource:
             keys[key].check_weight(key)
         backbone = family_of({name: reader.kinds[key][1] for name, (reader, key) in self.names.items()})
         if backbone is None:
-            shapes = {key: torch.empty(reader.kinds[key][1], device="meta") for key, reader in keys.items()}
-            kind = foreign_kind(list(shapes), shapes)
-            what = f"is {kind}" if kind is not None and "an SD" not in kind else "holds no SDXL, SD 2.1 or SD 1.5 U-Net"
+            found = recognize({key: reader.kinds[key][1] for key, reader in keys.items()}, self.readers[0].metadata)
+            known = found is not None and found.kind not in (CHECKPOINT, UNET)
+            what = f"is {found.words}" if found and known else "holds no SDXL, SD 2.1 or SD 1.5 U-Net"
             raise WeightsError(
                 f"{self.path.name} {what}. Give an SDXL checkpoint (or one of SD 2.1 or SD 1.5) in one file, a folder "
                 f"in diffusers' format, or a U-Net."
@@ -92,8 +88,7 @@ class UNetSource:
         """What the U-Net predicts, in diffusers' words, or `EDM`; None if nothing says it and both kinds are common."""
         said = [_folder_prediction(self.path)]
         for reader in self.readers:
-            said.append(marked_prediction(reader.path, reader.metadata))
-            said += [V] * (MARKED_V in reader.kinds) + ["EDM"] * any(key in reader.kinds for key in MARKED_EDM)
+            said += [marked_prediction(reader.path, reader.metadata), stated_prediction(reader.kinds)]
         return next((prediction for prediction in said if prediction is not None), self.backbone.prediction)
 
     def read(self, name: str) -> Tensor:
@@ -258,7 +253,7 @@ def merge(
         check_same_prediction(other, theirs)
     difference = Difference(theirs, trained_from)
     metadata = {
-        "faithdiff.merge": json.dumps(
+        MERGE_KEY: json.dumps(
             {
                 "checkpoint": mine.path.name,
                 "faithdiff": difference.faithdiff.path.name,

@@ -44,6 +44,11 @@ class TensorReader:
         self._whole = bool(self._tensors)
         self._mapped = 0
 
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of each tensor."""
+        return {name: shape for name, (_, shape) in self.kinds.items()}
+
     def read(self, name: str) -> Tensor:
         """One tensor's values, in memory of its own where the format allows.
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support.photographs import photograph
 
 from faithdiff_core.cli import COMMANDS, main
@@ -432,9 +433,13 @@ class TestWeightsCommands:
         assert facts["parts"]["alignment"]["sizes"]["layers"] == 2
         assert facts["parts"]["lq_encoder"]["dtypes"] == ["fp16"]
 
-    def test_info_of_another_file(self, golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["info", str(golden.vae)]) == 1
-        assert "is a VAE, not a FaithDiff file" in capsys.readouterr().err
+    def test_info_of_another_file(self, golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["info", str(golden.vae)]) == 0
+        assert capsys.readouterr().out.startswith("vae_tiny.safetensors is a VAE.\n  ComfyUI loads it with Load VAE;")
+        path = tmp_path / "unknown.safetensors"
+        save_file({"layer.weight": torch.zeros(3)}, path)
+        assert main(["info", str(path)]) == 1
+        assert "has none of FaithDiff's tensors; its first ones are layer.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,10 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.full_disk import full_disk
 from support.training import SIZE, Make, same_files
 
 from faithdiff_core.cli import main
@@ -173,17 +171,6 @@ def test_a_run_can_be_moved_lengthened_and_shared_out_otherwise(
 # -- whatever ends it, the last step is saved -------------------------------------------------------------------------
 
 
-@contextmanager
-def _small_disk(largest: int) -> Iterator[None]:
-    """Writing fails beyond a size, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_interruptions_of_every_kind_change_nothing(make: Make, images: Path, tmp_path: Path) -> None:
     """A missing image, a full disk, a request to stop."""
     folder = tmp_path / "images"
@@ -209,7 +196,7 @@ def test_interruptions_of_every_kind_change_nothing(make: Make, images: Path, tm
         file.rename(file.with_suffix(".png"))
     assert missing.is_file()
 
-    with _small_disk(2**20), pytest.raises(SaveError, match=r"cannot be written.*stage00-00000001 are whole"):
+    with full_disk(2**20), pytest.raises(SaveError, match=r"cannot be written.*stage00-00000001 are whole"):
         train(config)
     assert _names(config.output) == ["stage00-00000001"]
     assert not list((config.output / "checkpoints").glob(".*"))

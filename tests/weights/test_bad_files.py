@@ -181,7 +181,7 @@ CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_
     ("shapes", "what"),
     [
         ({CONTEXT: (320, 768), "first_stage_model.decoder.conv_in.weight": (4,)}, "an SD 1.5 checkpoint"),
-        ({CONTEXT: (320, 1024)}, "an SD 2 checkpoint"),
+        ({CONTEXT: (320, 1024)}, "an SD 2.1 U-Net as ComfyUI saves it"),
         ({CONTEXT: (640, 2048), "conditioner.embedders.1.model.ln_final.weight": (4,)}, "an SDXL checkpoint"),
         ({"model.diffusion_model.joint_blocks.0.x": (4,)}, "a Stable Diffusion checkpoint"),
         ({"lora_unet_down_blocks_0.lora_down.weight": (4, 4), "lora_unet_down_blocks_0.alpha": (1,)}, "a LoRA"),

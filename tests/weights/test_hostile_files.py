@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.full_disk import full_disk
 from torch import Tensor
 
 from faithdiff_core import read_faithdiff
@@ -361,13 +361,10 @@ class TestWriting:
         assert main(["convert", str(golden.model), "-o", str(tmp_path / "file"), "--quiet"]) == 2
 
     def test_a_full_disk(self, tmp_path: Path, golden: Golden) -> None:
-        """A limit on the size of files acts as a full disk would, in the middle of the work."""
         out = tmp_path / "out"
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
-            with pytest.raises(SettingsError, match=r"cannot be written to: File too large\. Make room"):
-                convert(golden.model, out)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with (
+            full_disk(500_000),
+            pytest.raises(SettingsError, match=r"cannot be written to: File too large\. Make room"),
+        ):
+            convert(golden.model, out)
         assert list(out.iterdir()) == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.full_disk import full_disk
 from support.lora import State, add_by_hand, golden_unet, trained_from, write_checkpoint
 
 from faithdiff_core import SettingsError, WeightsError, read_faithdiff
@@ -283,16 +283,11 @@ class TestRefusals:
             extract_lora(files[0], copy, copy, force=True)
 
     def test_a_full_disk(self, files: tuple[Path, Path], tmp_path: Path) -> None:
-        """A limit on the size of files acts as a full disk would. What was finished is used afterwards."""
+        """What was finished is used afterwards."""
         out = tmp_path / "lora.safetensors"
         settings = ExtractionSettings(rank=16, ranks=(16,))
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, before[1]))
-            with pytest.raises(SettingsError, match=r"cannot be written to: .*too large"):
-                extract_lora(*files, out, settings)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        with full_disk(400_000), pytest.raises(SettingsError, match=r"cannot be written to: .*too large"):
+            extract_lora(*files, out, settings)
         assert [path.name for path in tmp_path.iterdir()] == [".lora.safetensors.layers"]
         extract_lora(*files, out, settings)
         assert [path.name for path in tmp_path.iterdir()] == [out.name]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.full_disk import full_disk
 from tiny_models.checkpoints import single_file_unet_key
 from torch import Tensor
 
@@ -198,3 +199,20 @@ class TestRefusals:
         out.touch()
         with pytest.raises(SettingsError, match="exists already"):
             merge(mine, faithdiff, base, out)
+
+    def test_a_full_disk(self, files: tuple[Path, Path, Path], tmp_path: Path) -> None:
+        """Nothing is left behind, of a file or of a folder; what is there already stays."""
+        faithdiff, base, mine = files
+        folder, out = tmp_path / "model" / "unet", tmp_path / "out"
+        folder.mkdir(parents=True)
+        save_file(dict(load_file(base)), folder / "diffusion_pytorch_model.safetensors")
+        out.mkdir()
+        for source, name in ((mine, "merged.safetensors"), (folder.parent, "merged")):
+            with full_disk(400_000), pytest.raises(SettingsError, match=r"cannot be written.*too large"):
+                merge(source, faithdiff, base, out / name)
+            assert not list(out.iterdir())
+        kept = out / "merged.safetensors"
+        kept.write_bytes(b"before")
+        with full_disk(400_000), pytest.raises(SettingsError):
+            merge(mine, faithdiff, base, kept, force=True)
+        assert [(path.name, path.read_bytes()) for path in out.iterdir()] == [(kept.name, b"before")]

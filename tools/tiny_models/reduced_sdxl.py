@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +23,13 @@ from torch import Tensor
 from faithdiff_core import AlignmentConfig, LQEncoder, LQEncoderConfig
 from faithdiff_core.backbone import SDXL
 from faithdiff_core.weights.faithdiff_file import ENCODER_PREFIX
+from faithdiff_core.weights.unet_names import CHECKPOINT_PREFIX, checkpoint_names
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
 from .comfyui_configs import REDUCED_UNET, SDXL_VAE
+
+SMALLEST_UNET = UNetConfig((320, 320, 320), 2, (0, 1, 2), 1, SDXL.context_width, SDXL.added_width)
+"""A U-Net with 110 million parameters that ComfyUI detects as one of SDXL's family (Segmind Vega's depths)."""
 
 _POOL = 2**19
 _STEP = 7  # elements by which each row of a matrix begins later than the one before
@@ -50,6 +55,40 @@ class RandomWeights:
         room = _POOL - (shape[0] - 1) * _STEP - inner
         offset = int(torch.randint(room + 1, (), generator=self._generator))
         return torch.as_strided(self._pools[exponent], shape, strides, offset)
+
+    def state(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Tensors of several shapes."""
+        return {name: self.tensor(name, shape) for name, shape in shapes.items()}
+
+
+def write_smallest_checkpoint(path: Path, *, seed: int = 0) -> None:
+    """Write a checkpoint with `SMALLEST_UNET`, TAESD as its VAE, and no text encoders. Needs the host in this process.
+
+    Args:
+        path: ends in .ckpt.
+        seed: of the weights.
+    """
+    weights = RandomWeights(seed)
+    names = checkpoint_names(SMALLEST_UNET)
+    state = {CHECKPOINT_PREFIX + names[name]: value for name, value in weights.state(SMALLEST_UNET.shapes()).items()}
+    vae = importlib.import_module("comfy.taesd.taesd").TAESD(latent_channels=4).state_dict()
+    own = {key: weights.tensor(key, tuple(value.shape)) if value.ndim else value for key, value in vae.items()}
+    state |= {f"first_stage_model.{key}": value for key, value in own.items()}
+    torch.save({"state_dict": state}, path)
+
+
+def small_adapter(*, seed: int = 1) -> dict[str, Tensor]:
+    """A small LQ encoder and alignment for U-Nets that begin with 320 channels, under the published names.
+
+    Args:
+        seed: of the weights.
+    """
+    encoder = LQEncoder(LQEncoderConfig((32, 32, 64, 64), 1), device="meta")
+    alignment = AlignmentConfig(
+        feature_channels=64, condition_channels=64, unet_channels=320, mlp_channels=64, layers=2
+    )
+    shapes = {ENCODER_PREFIX + key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    return RandomWeights(seed).state(shapes | alignment.published_shapes())
 
 
 def write_reduced_sdxl_checkpoint(
@@ -81,7 +120,7 @@ def write_reduced_sdxl_checkpoint(
             clip = importlib.import_module("comfy.sdxl_clip").SDXLClipModel(device="meta", dtype=torch.float16)
             published = sdxl.process_clip_state_dict_for_saving(clip.state_dict())
             shapes |= {key: tuple(value.shape) for key, value in published.items() if "position_ids" not in key}
-    state = {key: weights.tensor(key, shape) for key, shape in shapes.items()}
+    state = weights.state(shapes)
     if safetensors:
         save_file({key: value.contiguous() for key, value in state.items()}, path)
     else:
@@ -96,7 +135,7 @@ def write_reduced_adapter(path: Path, *, seed: int = 1) -> None:
         seed: of the weights.
     """
     weights = RandomWeights(seed)
-    torch.save({key: weights.tensor(key, shape) for key, shape in _adapter_shapes().items()}, path)
+    torch.save(weights.state(_adapter_shapes()), path)
 
 
 def _adapter_shapes() -> dict[str, tuple[int, ...]]:
@@ -174,4 +213,4 @@ def write_published_faithdiff(path: Path, *, seed: int = 2) -> None:
 def _write_faithdiff(path: Path, unet: UNetConfig, seed: int) -> None:
     weights = RandomWeights(seed)
     shapes = {**_adapter_shapes(), **unet.shapes()}
-    torch.save({key: weights.tensor(key, shape) for key, shape in shapes.items()}, path)
+    torch.save(weights.state(shapes), path)
