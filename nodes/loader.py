@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io
 
+from ..faithdiff_core.weights.block_strengths import BlockStrengths
 from .bridge.folders import faithdiff_files, faithdiff_path
 from .bridge.graph_types import FaithDiffType
 from .bridge.model_loading import WEIGHT_DTYPES, load_faithdiff
@@ -69,6 +70,9 @@ class FaithDiffModelLoader(io.ComfyNode):
                     "learned is added to your own U-Net, which keeps its style: yours + unet_strength * (FaithDiff - "
                     "base). Needs `model` and a full FaithDiff file.",
                 ),
+                _factor("input_blocks", "the input blocks, where the U-Net looks at the image"),
+                _factor("middle_block", "the middle block, where it sees the image as a whole"),
+                _factor("output_blocks", "the output blocks, where it draws the result"),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The MODEL with the alignment."),
@@ -85,6 +89,25 @@ class FaithDiffModelLoader(io.ComfyNode):
         model: ModelPatcher | None = None,
         unet_strength: float = 1.0,
         base_model: ModelPatcher | None = None,
+        input_blocks: float = 1.0,
+        middle_block: float = 1.0,
+        output_blocks: float = 1.0,
     ) -> io.NodeOutput:
-        path = faithdiff_path(faithdiff_name)
-        return io.NodeOutput(*load_faithdiff(path, weight_dtype, model, unet_strength, base_model))
+        factors = BlockStrengths(input_blocks, middle_block, output_blocks)
+        return io.NodeOutput(
+            *load_faithdiff(faithdiff_path(faithdiff_name), weight_dtype, model, unet_strength, base_model, factors)
+        )
+
+
+def _factor(name: str, part: str) -> io.Float.Input:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=True,
+        advanced=True,
+        tooltip=f"Factor on unet_strength for {part}. 1: unet_strength as it is; 0: your own weights there. No effect "
+        "without `model`.",
+    )

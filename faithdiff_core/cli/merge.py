@@ -8,8 +8,16 @@ from pathlib import Path
 
 from ..dtypes import DTYPES
 from ..errors import printable
+from ..weights.block_strengths import BlockStrengths
 from ..weights.merging import merge
 from .progress_line import ProgressLine
+
+BLOCKS = {
+    "input-blocks": "input blocks and embeddings",
+    "middle-block": "middle block",
+    "output-blocks": "output blocks",
+}
+"""Options for parts of the U-Net."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="OUT", help="a .safetensors file, or a folder for a folder"
     )
     parser.add_argument("--strength", type=float, default=1.0, help="factor on the difference, 0 to 2 (1)")
+    for option, part in BLOCKS.items():
+        parser.add_argument(
+            f"--{option}", type=float, default=1.0, metavar="FACTOR", help=f"of the strength for the {part}, 0 to 1 (1)"
+        )
     parser.add_argument("--dtype", choices=DTYPES, help="of the merged U-Net (the checkpoint's)")
     parser.add_argument("--force", action="store_true", help="overwrite existing output")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -47,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             args.base,
             args.output,
             strength=args.strength,
+            factors=BlockStrengths(args.input_blocks, args.middle_block, args.output_blocks),
             dtype=args.dtype,
             force=args.force,
             progress=lambda done, total: line.show("merging", done, total),

@@ -22,6 +22,7 @@ from ..dtypes import DTYPES
 from ..errors import SettingsError, WeightsError
 from ..finite import is_finite
 from ..models.shapes import Shape
+from .block_strengths import BlockStrengths
 from .marks import marked_prediction
 from .messages import listing
 from .recognition import CHECKPOINT, MERGE_KEY, UNET, recognize, stated_prediction
@@ -215,6 +216,7 @@ def merge(
     output: str | Path,
     *,
     strength: float = 1.0,
+    factors: BlockStrengths | None = None,
     dtype: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -230,6 +232,7 @@ def merge(
         base: what FaithDiff was trained from, in any of these forms.
         output: a .safetensors file, or a folder for a folder.
         strength: factor on the difference, 0 to 2.
+        factors: on the strength, for parts of the U-Net, 0 to 1. Defaults to 1 everywhere.
         dtype: of the merged U-Net, a name of `DTYPES`. Defaults to the checkpoint's.
         force: overwrite what is there.
         progress: called as progress(done, total) in bytes of the U-Net.
@@ -243,6 +246,8 @@ def merge(
     """
     if not 0.0 <= strength <= 2.0:
         raise SettingsError(f"strength must lie between 0 and 2, got {strength}.")
+    factors = factors or BlockStrengths()
+    factors.check_factors()
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
     mine, output = UNetSource(checkpoint), Path(output)
@@ -259,11 +264,12 @@ def merge(
                 "faithdiff": difference.faithdiff.path.name,
                 "base": difference.base.path.name,
                 "strength": strength,
+                **({} if factors == BlockStrengths() else vars(factors)),
             }
         )
     }
     if not mine.path.is_dir():
-        _write(mine, difference, output, strength, dtype, metadata, progress)
+        _write(mine, difference, output, factors.times(strength), dtype, metadata, progress)
         return output
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
@@ -271,7 +277,7 @@ def merge(
         folder = temporary / UNET_FOLDER if (mine.path / UNET_FOLDER).is_dir() else temporary
         suffix = ".fp16" if all(".fp16." in reader.path.name for reader in mine.readers) else ""
         target = folder / f"diffusion_pytorch_model{suffix}.safetensors"
-        _write(mine, difference, target, strength, dtype, metadata, progress)
+        _write(mine, difference, target, factors.times(strength), dtype, metadata, progress)
         if output.exists():
             shutil.rmtree(output)
         os.replace(temporary, output)
@@ -315,7 +321,7 @@ def _write(
     mine: UNetSource,
     difference: Difference,
     output: Path,
-    strength: float,
+    strengths: BlockStrengths,
     dtype: str | None,
     metadata: dict[str, str],
     progress: Progress | None,
@@ -336,7 +342,7 @@ def _write(
                     copy_tensor(files[output], layout, key, reader.read(key))
                     continue
                 name = merged[key][0]
-                value = mine.read(name).add_(difference.read(name), alpha=strength)
+                value = mine.read(name).add_(difference.read(name), alpha=strengths.at(name))
                 write_tensor(files[output], layout, key, value, mine.path.name)
                 done += value.numel() * layout.places[key][1].itemsize
                 if progress is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import comfy.utils
 import torch
 
 from ...faithdiff_core.errors import WeightsError
+from ...faithdiff_core.weights.block_strengths import BlockStrengths
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part
 from ...faithdiff_core.weights.merging import LEAST_SIMILARITY, cosine, sample_of
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
@@ -17,13 +19,18 @@ from .prediction_type import check_mixable
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-_PREFIX = "diffusion_model."
+UNET_KEY_PREFIX = "diffusion_model."
+"""How the names of a MODEL's U-Net weights begin."""
 
 _REMEDY = "Without `base_model`, unet_strength 1 takes FaithDiff's U-Net as it is."
 
 
 def add_difference(
-    model: ModelPatcher, base: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetConfig], strength: float
+    model: ModelPatcher,
+    base: ModelPatcher,
+    weights: FaithDiffWeights,
+    unet: Part[UNetConfig],
+    strengths: BlockStrengths,
 ) -> None:
     """Add what FaithDiff learned to a MODEL's U-Net, in place.
 
@@ -35,7 +42,7 @@ def add_difference(
         base: the MODEL that FaithDiff was trained from.
         weights: FaithDiff's file.
         unet: its U-Net.
-        strength: factor on the difference.
+        strengths: factors on the difference.
 
     Raises:
         WeightsError: the three do not belong together.
@@ -45,11 +52,11 @@ def add_difference(
         check_backbone(patcher, name, path, backbone)
         check_mixable(patcher, name, _REMEDY, weights.prediction)
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    base_weights = base.get_key_patches(_PREFIX)
+    base_weights = base.get_key_patches(UNET_KEY_PREFIX)
     own = model.model.state_dict().keys()
     patches: dict[str, tuple[torch.Tensor]] = {}
     for name, weight in unet.state.items():
-        key = _PREFIX + names.get(name, name)
+        key = UNET_KEY_PREFIX + names.get(name, name)
         for owner, keys, patcher in (("model", own, model), ("base_model", base_weights.keys(), base)):
             if key not in keys or comfy.utils.get_attr(patcher.model, key).shape != weight.shape:
                 raise WeightsError(
@@ -58,7 +65,7 @@ def add_difference(
                 )
         patches[key] = (weight,)
     similarity = cosine(
-        (unet.state[name], comfy.utils.get_attr(base.model, _PREFIX + names[name]).detach().cpu())
+        (unet.state[name], comfy.utils.get_attr(base.model, UNET_KEY_PREFIX + names[name]).detach().cpu())
         for name in sample_of({name: tuple(weight.shape) for name, weight in unet.state.items()})
     )
     if similarity < LEAST_SIMILARITY:
@@ -66,5 +73,21 @@ def add_difference(
             f"`base_model` is not what {path.name} was trained from: their weights have hardly anything in common "
             f"(cosine {similarity:.2f}). The published FaithDiff was trained from RealVisXL_V4.0. {_REMEDY}"
         )
-    model.add_patches(patches, strength_patch=strength, strength_model=1.0)
-    model.add_patches({key: base_weights[key] for key in patches}, strength_patch=-strength, strength_model=1.0)
+    for strength, keys in by_strength(patches, strengths).items():
+        model.add_patches({key: patches[key] for key in keys}, strength_patch=strength, strength_model=1.0)
+        model.add_patches({key: base_weights[key] for key in keys}, strength_patch=-strength, strength_model=1.0)
+
+
+def by_strength(keys: Iterable[str], strengths: BlockStrengths) -> dict[float, list[str]]:
+    """Names of a MODEL's U-Net weights, grouped by the strength at which they change; those that do not are left out.
+
+    Args:
+        keys: names in the MODEL, with its prefix.
+        strengths: of the U-Net's parts.
+    """
+    groups: dict[float, list[str]] = {}
+    for key in keys:
+        strength = strengths.at(key.removeprefix(UNET_KEY_PREFIX))
+        if strength != 0.0:
+            groups.setdefault(strength, []).append(key)
+    return groups

@@ -9,16 +9,20 @@ import comfy.utils
 
 from ...faithdiff_core.errors import WeightsError
 from ...faithdiff_core.models.shapes import Shape
+from ...faithdiff_core.weights.block_strengths import BlockStrengths
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part
 from ...faithdiff_core.weights.lora_names import BIAS_DIFFERENCE, LoRASizes, changed_shape
 from ...faithdiff_core.weights.marks import IN_WORDS
+from .difference_patches import by_strength
 from .prediction_type import check_mixable
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
-def add_lora_patches(model: ModelPatcher, weights: FaithDiffWeights, lora: Part[LoRASizes], strength: float) -> None:
+def add_lora_patches(
+    model: ModelPatcher, weights: FaithDiffWeights, lora: Part[LoRASizes], strengths: BlockStrengths
+) -> None:
     """Add a LoRA to a MODEL's U-Net, in place.
 
     ComfyUI leaves out tensors that fit nowhere, and only logs those of another shape: here both are errors.
@@ -27,7 +31,7 @@ def add_lora_patches(model: ModelPatcher, weights: FaithDiffWeights, lora: Part[
         model: the user's MODEL.
         weights: the LoRA's file.
         lora: its tensors.
-        strength: factor on what it adds.
+        strengths: factors on what it adds.
 
     Raises:
         WeightsError: the MODEL predicts something else than FaithDiff, or has no weights that the LoRA fits.
@@ -53,4 +57,5 @@ def add_lora_patches(model: ModelPatcher, weights: FaithDiffWeights, lora: Part[
                 f"unet_strength to 0."
             )
     patches = comfy.lora.load_lora(dict(lora.state), places, log_missing=False)
-    model.add_patches(patches, strength_patch=strength)
+    for strength, keys in by_strength(patches, strengths).items():
+        model.add_patches({key: patches[key] for key in keys}, strength_patch=strength)

@@ -20,13 +20,14 @@ from ...faithdiff_core.images.region import around, at_latent_size
 from ...faithdiff_core.models.alignment import AlignmentConfig
 from ...faithdiff_core.tiling.blend import complete, composite_spans
 from ...faithdiff_core.tiling.grid import check_tile_size
+from ...faithdiff_core.weights.block_strengths import BlockStrengths
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
 from ...faithdiff_core.weights.unet_names import checkpoint_names
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .alignment_patch import AlignmentPatch, set_patch
 from .backbones import check_backbone
 from .checks import mask_of_images
-from .difference_patches import add_difference
+from .difference_patches import UNET_KEY_PREFIX, add_difference, by_strength
 from .graph_types import AdapterModels, LQFeatures
 from .lora_patches import add_lora_patches
 from .prediction_type import check_guess, check_mixable, take_sampling
@@ -41,8 +42,6 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {
     **{name: DTYPES[name] for name in ("fp16", "bf16", "fp32", "fp8_e4m3fn", "fp8_e5m2")},
 }
 """What the U-Net's weights can be kept in."""
-
-UNET_KEY_PREFIX = "diffusion_model."
 
 
 def load_unet(path: str, weight_dtype: str, disable_dynamic: bool = False) -> ModelPatcher:
@@ -123,6 +122,7 @@ def load_faithdiff(
     base: ModelPatcher | None,
     unet_strength: float,
     trained_from: ModelPatcher | None = None,
+    factors: BlockStrengths | None = None,
 ) -> tuple[ModelPatcher, AdapterModels]:
     """Make the alignment-patched MODEL and its FAITHDIFF.
 
@@ -134,10 +134,12 @@ def load_faithdiff(
             factor on the difference; with a LoRA in the file, its strength.
         trained_from: the MODEL that FaithDiff was trained from. With it, what FaithDiff learned is added to the base's
             U-Net instead.
+        factors: on `unet_strength`, for parts of the U-Net. Defaults to 1 everywhere.
 
     Raises:
         WeightsError: the file cannot be used, alone or with this MODEL.
     """
+    strengths = (factors or BlockStrengths()).times(unet_strength)
     weights = read_faithdiff(path)
     if weights.lq_encoder is None or weights.alignment is None:
         raise WeightsError(
@@ -154,23 +156,23 @@ def load_faithdiff(
     if base is not None:
         model = base.clone()
         _check_base(model, weights, weights.alignment.config)
-        if weights.quantization is not None and unet_strength > 0.0:
+        if weights.quantization is not None and strengths.most > 0.0:
             raise WeightsError(
                 f"{weights.path.name} holds a quantized U-Net ({weights.quantization}), which cannot be mixed into "
                 f"`model`. Disconnect `model` to use FaithDiff's U-Net as it is, set unet_strength to 0, or choose the "
                 f"file that it was made from."
             )
         if weights.unet is not None and trained_from is not None:
-            if unet_strength > 0.0:
-                add_difference(model, trained_from, weights, weights.unet, unet_strength)
-        elif weights.unet is not None and unet_strength > 0.0:
-            if unet_strength < 1.0:
-                remedy = "Set unet_strength to 1 (FaithDiff's U-Net) or 0 (your own)."
+            if strengths.most > 0.0:
+                add_difference(model, trained_from, weights, weights.unet, strengths)
+        elif weights.unet is not None and strengths.most > 0.0:
+            if strengths.least < 1.0:
+                remedy = "Set unet_strength to 1 (FaithDiff's U-Net), for all blocks, or to 0 (your own)."
                 check_mixable(model, "model", remedy, weights.prediction)
             take_sampling(model, weights.backbone, weights.prediction)
-            _blend_unet(model, weights, weights.unet, unet_strength)
-        elif weights.lora is not None and unet_strength > 0.0:
-            add_lora_patches(model, weights, weights.lora, unet_strength)
+            _blend_unet(model, weights, weights.unet, strengths)
+        elif weights.lora is not None and strengths.most > 0.0:
+            add_lora_patches(model, weights, weights.lora, strengths)
         elif weights.unet is None:
             check_guess(model, weights)
     elif weights.unet is None:
@@ -243,7 +245,9 @@ def _check_base(model: ModelPatcher, weights: FaithDiffWeights, alignment: Align
         )
 
 
-def _blend_unet(model: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetConfig], strength: float) -> None:
+def _blend_unet(
+    model: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetConfig], strengths: BlockStrengths
+) -> None:
     """Move a MODEL's U-Net towards FaithDiff's: (1 - strength) * own + strength * FaithDiff's, as weight patches.
 
     Patches act in order, and each scales what is there before it adds. Ours therefore go in front of LoRAs, which act
@@ -265,8 +269,10 @@ def _blend_unet(model: ModelPatcher, weights: FaithDiffWeights, unet: Part[UNetC
                 f"checkpoint, or set unet_strength to 0."
             )
         patches[key] = (weight,)
-    earlier = {key: model.patches.pop(key) for key in patches if key in model.patches}
-    model.add_patches(patches, strength_patch=strength, strength_model=1.0 - strength)
+    groups = by_strength(patches, strengths)
+    earlier = {key: model.patches.pop(key) for keys in groups.values() for key in keys if key in model.patches}
+    for strength, keys in groups.items():
+        model.add_patches({key: patches[key] for key in keys}, strength_patch=strength, strength_model=1.0 - strength)
     for key, others in earlier.items():
         merged = max((i + 1 for i, entry in enumerate(others) if _replaces(entry)), default=0)
         model.patches[key][:0] = others[:merged]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_host import Host
-from safetensors.torch import load_file
 from support.host_sampling import images, load, relative
+from support.lora import factor_of
 from torch import Tensor
 
 State = dict[str, Tensor]
@@ -86,22 +85,43 @@ def test_what_does_not_belong_together(host: Host, base_state: State) -> None:
             load(host, **arguments)
 
 
-@torch.no_grad()
-def test_a_saved_model_comes_back(host: Host, base_state: State) -> None:
-    """The difference, then a LoRA, saved by ComfyUI: with the adapter alone it restores to the same latent."""
-    import folder_paths
+BLOCKS: dict[str, Any] = {"input_blocks": 1.0, "middle_block": 0.25, "output_blocks": 0.5}
 
+
+@torch.no_grad()
+def test_blocks_apart(host: Host, base_state: State) -> None:
+    """The difference by hand, and the interpolation as the host's ModelMergeBlocks does it, with a LoRA before each."""
     models = host.testpack.models
-    setup = load(host, model=models.tiny_model(models.other_unet(1)), base_model=models.tiny_model(base_state))
-    setup.model = host.call("TestLoRA", model=setup.model, seed=3, strength=0.5)[0]
-    features = setup.features(images(64, 64))
-    expected = setup.restore(features, steps=2)
-    host.call("ModelSave", model=setup.model, filename_prefix="difference/saved")
-    (path,) = (Path(folder_paths.get_output_directory()) / "difference").glob("saved*.safetensors")
-    saved = load_file(path)
-    prefix = "model.diffusion_model."
-    assert all(key.startswith(prefix) for key in saved)
-    with pytest.raises(ValueError, match="is an SDXL U-Net as ComfyUI saves it, not a FaithDiff file"):
-        host.pack_module("faithdiff_core").read_faithdiff(path)
-    again = models.tiny_model({key.removeprefix(prefix): value.float() for key, value in saved.items()})
-    assert relative(load(host, model=again, unet_strength=0.0).restore(features, steps=2), expected) < 1e-4
+    faithdiff, mine = models.golden_unet(), models.other_unet(1)
+    features = load(host).features(images(64, 64))
+    own = host.call("TestLoRA", model=models.tiny_model(mine), seed=3, strength=0.5)[0]
+
+    by_hand = {key: mine[key] + 0.8 * factor_of(key, BLOCKS) * (faithdiff[key] - base_state[key]) for key in mine}
+    expected = load(
+        host, model=host.call("TestLoRA", model=models.tiny_model(by_hand), seed=3, strength=0.5)[0], unet_strength=0.0
+    ).restore(features, steps=2)
+    settings = {"unet_strength": 0.8, "base_model": models.tiny_model(base_state)}
+    assert relative(load(host, model=own, **settings, **BLOCKS).restore(features, steps=2), expected) < 1e-4
+    assert relative(load(host, model=own, **settings).restore(features, steps=2), expected) > 1e-2
+
+    kept = {name: 1.0 - 0.8 * factor for name, factor in zip(("input", "middle", "out"), BLOCKS.values(), strict=True)}
+    merged = host.call("ModelMergeBlocks", model1=models.tiny_model(mine), model2=models.tiny_model(faithdiff), **kept)[
+        0
+    ]
+    expected = load(
+        host, model=host.call("TestLoRA", model=merged, seed=3, strength=0.5)[0], unet_strength=0.0
+    ).restore(features, steps=2)
+    assert relative(load(host, model=own, unet_strength=0.8, **BLOCKS).restore(features, steps=2), expected) < 1e-4
+    assert relative(load(host, model=own, unet_strength=0.8).restore(features, steps=2), expected) > 1e-2
+
+
+def test_blocks_that_stay(host: Host) -> None:
+    """Weights at a factor of 0 get no patch; a model that predicts v may not be mixed by blocks either."""
+    models = host.testpack.models
+    setup = load(host, model=models.tiny_model(models.other_unet(1)), input_blocks=0.0, output_blocks=0.0)
+    assert setup.model.patches
+    assert all(key.startswith("diffusion_model.middle_block.") for key in setup.model.patches)
+    off: dict[str, Any] = dict.fromkeys(BLOCKS, 0.0)
+    assert not load(host, model=models.tiny_model(models.other_unet(1)), **off).model.patches
+    with pytest.raises(ValueError, match=r"`model` is a v-prediction model, .* for all blocks, or to 0"):
+        load(host, model=models.tiny_model(models.other_unet(1), ("v_pred",)), middle_block=0.5)

@@ -13,7 +13,7 @@ import torch
 from comfy_host import GOLDEN, Graph, Host
 from safetensors.torch import load_file, save_file
 from support.host_sampling import GOLDEN_FILE, GivenNoise, Setup, images, load, relative
-from support.lora import State, add_by_hand, checkpoint_key, trained_from, write_checkpoint
+from support.lora import State, add_by_hand, checkpoint_key, factor_of, trained_from, write_checkpoint
 from torch import Tensor
 
 from faithdiff_core.backbone import SDXL
@@ -132,13 +132,14 @@ def test_adapter_and_lora_in_one_node(host: Host, base_file: Path, combined: Pat
     by_name = {name: mine[checkpoint_key(name)] for name in trained_from()}
     whole = host_names(add_by_hand(by_name, small))
     features = load(host).features(images(64, 64))
-    for strength in (1.0, 0.4, 0.0):
-        state = {key: mine[key] + strength * (whole[key] - mine[key]) for key in mine}
+    middle = {"input_blocks": 0.5, "middle_block": 1.0, "output_blocks": 0.0}
+    for strength, blocks in ((1.0, {}), (0.4, {}), (0.0, {}), (0.8, middle)):
+        state = {key: mine[key] + strength * factor_of(key, blocks) * (whole[key] - mine[key]) for key in mine}
         expected, got = (
             load(host, name, model=host.call("TestLoRA", model=models.tiny_model(unet), seed=3, strength=0.5)[0], **kw)
             for name, unet, kw in (
                 (GOLDEN_FILE, state, {"unet_strength": 0.0}),
-                (small.name, mine, {"unet_strength": strength}),
+                (small.name, mine, {"unet_strength": strength, **blocks}),
             )
         )
         assert relative(got.restore(features, steps=2), expected.restore(features, steps=2)) < 1e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -83,3 +84,15 @@ def add_by_hand(base: State, path: Path) -> State:
             out[name] = base[name] + change.float()
     assert not [key for key in lora if key.startswith("lora_unet_")]
     return out
+
+
+def factor_of(key: str, blocks: Mapping[str, float]) -> float:
+    """The factor for a U-Net's tensor, as ComfyUI's ModelMergeBlocks sorts tensors.
+
+    Args:
+        key: in a single-file checkpoint, without prefix.
+        blocks: `input_blocks`, `middle_block` and `output_blocks`; 1 where one is missing.
+    """
+    if key.startswith("middle_block."):
+        return blocks.get("middle_block", 1.0)
+    return blocks.get("output_blocks" if key.startswith("out") else "input_blocks", 1.0)

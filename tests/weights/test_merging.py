@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.full_disk import full_disk
+from support.lora import factor_of
 from tiny_models.checkpoints import single_file_unet_key
 from torch import Tensor
 
@@ -103,6 +104,36 @@ def test_single_files(
         "strength": strength,
     }
     assert seen[-1][0] == seen[-1][1]
+
+
+def test_blocks_apart(
+    files: tuple[Path, Path, Path], unets: tuple[State, State, State, UNetConfig], tmp_path: Path
+) -> None:
+    faithdiff, base, mine, config = unets
+    out = tmp_path / "merged.safetensors"
+    words = [
+        "merge",
+        str(files[2]),
+        str(files[0]),
+        "--base",
+        str(files[1]),
+        "-o",
+        str(out),
+        "--dtype",
+        "fp32",
+        "--quiet",
+    ]
+    words += ["--strength", "1.5", "--input-blocks", "0.5", "--output-blocks", "0"]
+    assert main(words) == 0
+    merged, blocks = load_file(out), {"input_blocks": 0.5, "output_blocks": 0.0}
+    for key, name in checkpoint_names(config).items():
+        change = 1.5 * factor_of(name, blocks) * (faithdiff[key] - base[key])
+        assert torch.allclose(merged[CHECKPOINT_PREFIX + name], mine[key].half() + change, rtol=1e-5, atol=1e-6), key
+    with safe_open(out, "pt") as file:
+        made = json.loads(file.metadata()["faithdiff.merge"])
+    assert [made[name] for name in ("strength", "input", "middle", "output")] == [1.5, 0.5, 1.0, 0.0]
+    for value in ("-0.1", "1.1", "nan"):
+        assert main([*words, "--force", "--middle-block", value]) == 2
 
 
 def test_the_base_itself_becomes_faithdiff(

@@ -16,7 +16,7 @@ from faithdiff_core.cli import main
 from faithdiff_core.weights.conversion import convert
 from faithdiff_core.weights.lora_extraction import ExtractionSettings, extract_lora
 from faithdiff_core.weights.merging import merge
-from faithdiff_core.weights.recognition import recognize
+from faithdiff_core.weights.recognition import Recognized, recognize
 
 if TYPE_CHECKING:
     from conftest import Golden
@@ -85,6 +85,33 @@ def test_marks_and_broken_values(base: Path, tmp_path: Path, capsys: pytest.Capt
     assert "vae: 1 tensors, 0.0 M parameters, fp32\n    NOT USABLE: 1 of 1 tensors hold NaN" in text
     assert f"workflow: {'x' * 200}... (5,000 characters)\n" in text
     assert "\x1b" not in text
+
+
+def test_the_graph_that_saved_a_model(base: Path) -> None:
+    """Also where the U-Net was replaced and the mark of what it predicted stayed, which is said."""
+    shapes = {key: tuple(value.shape) for key, value in load_file(base).items()} | {"v_pred": (0,)}
+
+    def found(**inputs: Any) -> Recognized | None:
+        nodes = {"1": {"class_type": "KSampler"}, "2": {"class_type": "FaithDiffModelLoader", "inputs": inputs}, "3": 4}
+        return recognize(shapes, {"prompt": json.dumps(nodes)})
+
+    for inputs, history, sampling in (
+        (
+            {"faithdiff_name": "F.bin", "unet_strength": 1, "model": ["4", 0]},
+            "F.bin, `model`, unet_strength 1.",
+            True,
+        ),
+        ({"faithdiff_name": "F.bin", "unet_strength": ["5", 0]}, "F.bin, unet_strength connected.", False),
+        (
+            {"faithdiff_name": "F.bin", "model": ["4", 0], "base_model": ["6", 0]},
+            "F.bin, `model`, `base_model`, unet_strength 1.",
+            False,
+        ),
+    ):
+        what = found(**inputs)
+        assert what is not None
+        assert what.history == f"The graph that saved it had FaithDiff Model Loader with {history}"
+        assert ("ModelSamplingDiscrete with `eps`" in what.use) == sampling
 
 
 @pytest.mark.parametrize(
