@@ -260,7 +260,7 @@ def published_sample(
     x = noise.to(device, torch.float32) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     schedulers = [copy.deepcopy(scheduler) for _ in grid.tiles]
     weights = gaussian_weights(grid.tile_height, grid.tile_width).to(device, torch.float32)
-    embeds, pooled = text.guided_rows([0])
+    embeds, pooled = text.guided_rows([(0, grid.tiles[0])], [grid])
     crop: list[Tensor] = []
     handle = pipeline.base.unet.conv_in.register_forward_hook(lambda module, inputs, h: alignment(h, crop[0]))
     try:

@@ -68,14 +68,18 @@ class TileTexts:
         return mixed, _weighted([pooled, *(part for part in parts if part is not None)], weights)
 
 
+def same_length(embeds: Sequence[Tensor]) -> list[Tensor]:
+    """Embeddings of one length: each is repeated as a whole, which leaves attention over it as it is."""
+    length = math.lcm(*(x.shape[1] for x in embeds))
+    return [x.repeat(1, length // x.shape[1], 1) for x in embeds]
+
+
 def _weighted(texts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum of texts, (B, ..., width); those that count for nothing are left out."""
     first = texts[0]
     used = [(text, weight) for text, weight in zip(texts, weights, strict=True) if weight]
-    if first.ndim == 3:
-        tokens = math.lcm(*(text.shape[1] for text, _ in used))
-        used = [(text.repeat(1, tokens // text.shape[1], 1), weight) for text, weight in used]
-    total = sum(
-        (text.to(first.device, torch.float32) * weight for text, weight in used), torch.zeros((), device=first.device)
-    )
+    same = same_length([text for text, _ in used]) if first.ndim == 3 else [text for text, _ in used]
+    total = torch.zeros((), device=first.device)
+    for text, (_, weight) in zip(same, used, strict=True):
+        total = total + text.to(first.device, torch.float32) * weight
     return total.to(first.dtype).expand(first.shape[0], *total.shape[1:])

@@ -137,7 +137,7 @@ class TiledDenoiser:
         if self.hook.strength:
             assert self.features is not None
             self.hook.condition = self.embedder(self.features, group, self.device, self.dtype)
-        embeds, pooled = self.text.guided_rows([image for image, _ in group])
+        embeds, pooled = self.text.guided_rows(group, grids)
         copies = len(embeds) // len(group)
         latents = torch.cat([tile.crop(x[image : image + 1]) for image, tile in group])
         added = {}

@@ -7,7 +7,6 @@ keeps the first chunk alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any
@@ -101,9 +100,3 @@ def encode_in_chunks(
         embeds.append(torch.cat(of_encoders, dim=-1))
         pooled.append(first_pooled)
     return embeds, pooled
-
-
-def same_length(embeds: Sequence[Tensor]) -> list[Tensor]:
-    """Embeddings of one length: each is repeated as a whole, which leaves attention over it as it is."""
-    length = math.lcm(*(x.shape[1] for x in embeds))
-    return [x.repeat(1, length // x.shape[1], 1) for x in embeds]

@@ -8,6 +8,7 @@ Features of whole images stay in main memory; a tile at a time goes to the devic
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..backbone import VAE_SCALE_FACTOR
+from ..captions.tile_captions import TileCaptions
+from ..captions.tile_texts import TILE_MIX
 from ..errors import SettingsError, WeightsError
 from ..images.cutout import resize_cutout
 from ..images.geometry import crop_to, pad_to_multiple
@@ -248,6 +251,8 @@ class FaithDiffPipeline(Stages):
         mask: Tensor | Sequence[Tensor] | None = None,
         feather: int = FEATHER,
         attribution: Attribution | None = None,
+        tile_captions: TileCaptions | Sequence[TileCaptions | None] | None = None,
+        tile_mix: float = TILE_MIX,
         **overrides: Any,
     ) -> Images:
         """Restore images.
@@ -270,6 +275,10 @@ class FaithDiffPipeline(Stages):
                 image, exactly.
             feather: width in pixels of the soft edge that is added around a mask.
             attribution: gets the maps of its words, which have to be in the prompts; of several passes, the last one's.
+            tile_captions: captions of the images' parts, for all images or for each (None: it has none). Each tile of
+                the sampler gets those of the parts that it overlaps, mixed by area, beside the prompt; an image that
+                is sampled in one piece gets the prompt alone.
+            tile_mix: share of the parts' captions, 0 to 1; the rest is the prompt's.
             **overrides: single settings by name (`scale=3`, `steps=30`), which replace those of `settings`.
 
         Returns:
@@ -293,6 +302,11 @@ class FaithDiffPipeline(Stages):
         if noise is not None and (not isinstance(images, Tensor) or settings.passes > 1):
             raise SettingsError("`noise` requires a batched tensor of images and `passes=1`.")
         if attribution is not None:
+            if tile_captions is not None and tile_mix:
+                raise SettingsError(
+                    "Attribution maps show words of one prompt, but tile_captions give each tile another text. Leave "
+                    "one of the two out, or set tile_mix to 0."
+                )
             if prompt_embeds is not None:
                 raise SettingsError("Attribution needs the prompt as text, not as prompt_embeds.")
             attribution.begin(self.base, one_text_each(prompt, count, "prompt"), LongPrompt(settings.long_prompt))
@@ -304,6 +318,9 @@ class FaithDiffPipeline(Stages):
                 guided=settings.cfg > 1,
                 long_prompt=settings.long_prompt,
             )
+            if tile_captions is not None:
+                parts = _captions_of(inputs, tile_captions)
+                text = replace(text, tiles=self.encode_tiles(parts, tile_mix, long_prompt=settings.long_prompt))
             results: list[Tensor] = [torch.empty(0)] * count
             for group in same_size(inputs):
                 batch = torch.stack([inputs[i].to(device="cpu", dtype=torch.float32) for i in group])
@@ -392,3 +409,16 @@ class FaithDiffPipeline(Stages):
         decoded = self.decode(latent, settings.vae_tile, progress)
         restored = crop_to(decoded, *enlarged.shape[-2:])
         return fix_and_composite(restored, enlarged, settings.color_fix, alpha, mask)
+
+
+def _captions_of(
+    images: Sequence[Tensor], captions: TileCaptions | Sequence[TileCaptions | None]
+) -> list[TileCaptions | None]:
+    """The captions of each image's parts, checked against the image."""
+    each: list[TileCaptions | None] = [captions] * len(images) if isinstance(captions, TileCaptions) else list(captions)
+    if len(each) != len(images):
+        raise SettingsError(f"tile_captions: expected one entry for each image, {len(images)}, got {len(each)}.")
+    for image, of_image in zip(images, each, strict=True):
+        if of_image is not None:
+            of_image.check_fits(*image.shape[-2:])
+    return each

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone
+from ..captions.tile_captions import TileCaptions
+from ..captions.tile_texts import TILE_MIX, TileTexts, same_length
 from ..errors import NotFiniteError, SettingsError
 from ..finite import is_finite
 from ..models.alignment import Alignment
@@ -21,7 +23,7 @@ from .denoiser import TiledDenoiser
 from .kept import Kept
 from .latents import decode_latent, encode_latent
 from .loading import Offload
-from .long_prompts import LongPrompt, encode_in_chunks, fit_at_once, same_length
+from .long_prompts import LongPrompt, encode_in_chunks, fit_at_once
 from .schedulers import fresh_scheduler, initial_latent, noise_level, run_scheduler
 from .settings import RestoreSettings
 from .text import TextConditioning
@@ -30,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(stage, done, total); stages are `encode`, `sample` and `decode`. It may raise to cancel."""
+
+_TEXTS_AT_ONCE = 16
+"""Texts of parts that are encoded together: there may be a thousand."""
 
 
 class Stages:
@@ -95,6 +100,42 @@ class Stages:
         # Embeddings and negative ones; where the U-Net takes pooled ones too, these follow in the same order.
         embeds, negative_embeds, pooled, negative_pooled = (*encoded, None, None)[:4]
         return TextConditioning(embeds, pooled, negative_embeds, negative_pooled)
+
+    def encode_tiles(
+        self,
+        captions: Sequence[TileCaptions | None],
+        mix: float = TILE_MIX,
+        *,
+        long_prompt: LongPrompt | str = LongPrompt.CHUNKS,
+    ) -> tuple[TileTexts | None, ...]:
+        """Encode the captions of images' parts, as `TextConditioning.tiles` takes them.
+
+        Args:
+            captions: of each image's parts; None for an image that has none.
+            mix: share of the parts' texts, 0 to 1; the rest is the whole image's.
+            long_prompt: see `encode_text`.
+
+        Raises:
+            SettingsError: mix out of range.
+        """
+        texts = sorted({text for each in captions if each is not None for text in each.captions})
+        encoded: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for first in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = texts[first : first + _TEXTS_AT_ONCE]
+            rows = self.encode_text(some, guided=False, long_prompt=long_prompt)
+            pooled: Sequence[Tensor | None] = [None] * len(some) if rows.pooled is None else rows.pooled.split(1)
+            encoded.update(zip(some, zip(rows.embeds.split(1), pooled, strict=True), strict=True))
+        return tuple(
+            None
+            if each is None
+            else TileTexts(
+                each.layout,
+                tuple(encoded[text][0] for text in each.captions),
+                tuple(encoded[text][1] for text in each.captions),
+                mix,
+            )
+            for each in captions
+        )
 
     def encode_lq(
         self,

@@ -15,6 +15,15 @@ from .formats import MAX_PIXELS
 LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
 """What libjpeg and libwebp can hold, in pixels."""
 
+SHAPE_TOLERANCE = 0.02
+"""How far the width to height of two images of one shape may differ, as a part of it: rounding of the smaller one's
+sides."""
+
+
+def same_shape(height: int, width: int, other_height: int, other_width: int) -> bool:
+    """Whether one size is the other one scaled alike in both directions."""
+    return abs(height * other_width - width * other_height) <= SHAPE_TOLERANCE * height * other_width
+
 
 def target_size(
     height: int,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import SettingsError
@@ -38,14 +39,28 @@ class TileLayout:
 
     def crops(self, image: Tensor) -> list[Tensor]:
         """The parts of an image, (..., H, W), as views; every part has at least one pixel."""
-        height, width = image.shape[-2:]
+        boxes = self.pixel_boxes(*image.shape[-2:])
+        return [image[..., top:bottom, left:right] for top, left, bottom, right in boxes]
+
+    def pixel_boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Top, left, bottom and right of the parts of an image in pixels; every part has at least one pixel."""
         out = []
         for top, left, bottom, right in self.boxes:
             first_row, first_column = min(round(top * height), height - 1), min(round(left * width), width - 1)
-            rows = slice(first_row, max(round(bottom * height), first_row + 1))
-            columns = slice(first_column, max(round(right * width), first_column + 1))
-            out.append(image[..., rows, columns])
+            last_row = max(round(bottom * height), first_row + 1)
+            last_column = max(round(right * width), first_column + 1)
+            out.append((first_row, first_column, last_row, last_column))
         return out
+
+    def covers_image(self) -> bool:
+        """Whether every position of the image lies in a part."""
+        rows = sorted({0.0, 1.0, *(edge for box in self.boxes for edge in box[0::2])})
+        columns = sorted({0.0, 1.0, *(edge for box in self.boxes for edge in box[1::2])})
+        covered = torch.zeros(len(rows) - 1, len(columns) - 1, dtype=torch.bool)
+        row_of, column_of = ({edge: i for i, edge in enumerate(edges)} for edges in (rows, columns))
+        for top, left, bottom, right in self.boxes:
+            covered[row_of[top] : row_of[bottom], column_of[left] : column_of[right]] = True
+        return bool(covered.all())
 
     def shares(self, tile: Tile, height: int, width: int) -> list[float]:
         """How much each part's text counts in a tile: its area within the tile, as a part of all parts' areas there.
@@ -108,5 +123,6 @@ def _by_size(length: int, tile: int, overlap: float) -> Sequence[tuple[float, fl
 
 def _by_count(count: int, overlap: float) -> Sequence[tuple[float, float]]:
     size = 1 / (1 + (count - 1) * (1 - overlap))
-    starts = [i * size * (1 - overlap) for i in range(count)]
-    return [(start, 1.0 if i == count - 1 else start + size) for i, start in enumerate(starts)]
+    # Without overlap an end and the next start are one expression: rounded to pixels they leave no gap.
+    places = [(i * (1 - overlap), i * (1 - overlap) + 1) for i in range(count)]
+    return [(start * size, 1.0 if i == count - 1 else end * size) for i, (start, end) in enumerate(places)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...faithdiff_core.captions.tile_texts import TileTexts
+from ...faithdiff_core.captions.tile_texts import TileTexts, same_length
 from ...faithdiff_core.errors import SettingsError
 from ...faithdiff_core.tiling.grid import Tile, TileGrid
 from ...faithdiff_core.tiling.layout import TileLayout, grid_layout
@@ -143,8 +142,7 @@ def _rows_of_tiles(
     rows = [texts.for_tile(tile, grid.height, grid.width, embeds, pooled) for tile in tiles]
     if len(tiles) == 1:
         return rows[0]
-    length = math.lcm(*(text.shape[1] for text, _ in rows))
-    joined = torch.cat([_rows(text.repeat(1, length // text.shape[1], 1), images) for text, _ in rows])
+    joined = torch.cat([_rows(text, images) for text in same_length([text for text, _ in rows])])
     if pooled is None:
         return joined, None
     return joined, torch.cat([_rows(vector, images) for _, vector in rows if vector is not None])

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_host import Host
-from support.host_sampling import Setup, gaussian, images, load, relative, sized
+from support.golden import Golden
+from support.host_sampling import GivenNoise, Setup, gaussian, images, load, relative, sized
+from support.tile_texts import text_by_hand
 from torch import Tensor
 
+from faithdiff_core.backbone import SDXL
+from faithdiff_core.captions.tile_texts import TileTexts
+from faithdiff_core.engine import FaithDiffPipeline, TextConditioning
 from faithdiff_core.tiling.grid import Tile, TileGrid
+from faithdiff_core.tiling.layout import TileLayout
 from faithdiff_core.tiling.moving import TileGrids
 
 HEIGHT, WIDTH, TILE, MIX = 104, 152, 64, 0.6
@@ -59,33 +67,15 @@ def told(host: Host, layout: Any, texts: list[Any], whole: Any, mix: float = MIX
 
 
 def by_hand(layout: Any, texts: list[Any], whole: Any, tile: Tile, mix: float = MIX) -> Any:
-    """A tile's text: shares by counted positions of a fine raster, repeated to one length, added up."""
-    fine = 20000
-    rows = (torch.arange(tile.height * fine) + 0.5) / fine + tile.top
-    columns = (torch.arange(tile.width * fine) + 0.5) / fine + tile.left
-    areas = []
-    for top, left, bottom, right in layout.boxes:
-        inside_rows = (rows >= top * HEIGHT / 8) & (rows < bottom * HEIGHT / 8)
-        inside_columns = (columns >= left * WIDTH / 8) & (columns < right * WIDTH / 8)
-        areas.append(float(inside_rows.sum()) * float(inside_columns.sum()))
-    shares = [area / sum(areas) for area in areas]
-    tokens = whole[0][0].shape[1] * (2 if shares[2] else 1)
-
-    def longer(text: Tensor) -> Tensor:
-        return torch.cat([text] * (tokens // text.shape[1]), dim=1)
-
-    embeds = longer(whole[0][0]) * (1 - mix)
-    pooled = whole[0][1]["pooled_output"] * (1 - mix)
-    for share, part in zip(shares, texts, strict=True):
-        if share:
-            embeds = embeds + longer(part[0][0]) * (mix * share)
-            pooled = pooled + part[0][1]["pooled_output"] * (mix * share)
+    """The CONDITIONING of a tile."""
+    text, *parts = [(each[0][0], each[0][1]["pooled_output"]) for each in (whole, *texts)]
+    embeds, pooled = text_by_hand(layout.boxes, parts, text, tile, (HEIGHT // 8, WIDTH // 8), mix)
     return [[embeds, {**whole[0][1], "pooled_output": pooled}]]
 
 
 def with_extras(host: Host, setup: Setup, what: str, positive: Any, negative: Any, tile: Tile | None) -> Any:
     """A ControlNet on both conditionings, where it is asked for."""
-    if what == "controlnet":
+    if "controlnet" in what:
         hint = images(HEIGHT, WIDTH, seed=22)
         hint = hint if tile is None else tile.crop(hint.movedim(-1, 1), 8).movedim(1, -1)
         settings = {"strength": 0.7, "start_percent": 0.0, "end_percent": 1.0, "image": hint}
@@ -96,7 +86,12 @@ def with_extras(host: Host, setup: Setup, what: str, positive: Any, negative: An
 
 @pytest.mark.parametrize(
     ("grid_kind", "extra", "cfg"),
-    [("fixed", "", 4.0), ("moving", "controlnet", 4.0), ("fixed", "lora", 1.0), ("moving", "negative", 3.0)],
+    [
+        ("fixed", "controlnet and lora", 4.0),
+        ("moving", "controlnet and lora", 4.0),
+        ("fixed", "", 1.0),
+        ("moving", "negative", 3.0),
+    ],
 )
 def test_tiles_by_hand(
     host: Host, setup: Setup, features: Any, layout: Any, texts: list[Any], grid_kind: str, extra: str, cfg: float
@@ -105,7 +100,7 @@ def test_tiles_by_hand(
     grid: TileGrid = TileGrids(HEIGHT // 8, WIDTH // 8, TILE, OVERLAPS[grid_kind], grid_kind, 0).at(float(SIGMAS[0]))
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8, seed=5)
     model = setup.model
-    if extra == "lora":
+    if "lora" in extra:
         model = host.call("TestLoRA", model=model, seed=9, strength=0.8)[0]
     own_negative = list(reversed(texts)) if extra == "negative" else None
 
@@ -118,8 +113,7 @@ def test_tiles_by_hand(
         else:
             positive, negative = by_hand(layout, texts, setup.positive, tile), setup.negative
             if own_negative:
-                # The long text lies elsewhere in this list: turned round, so that the hand's rule for it fits.
-                negative = reversed_by_hand(layout, texts, negative, tile)
+                negative = by_hand(layout, own_negative, negative, tile)
             positive, negative = (
                 sized(positive, tile, (HEIGHT, WIDTH), TILE),
                 sized(negative, tile, (HEIGHT, WIDTH), TILE),
@@ -143,10 +137,25 @@ def test_tiles_by_hand(
         assert relative(sample(tiled, None), expected) < TOLERANCE
 
 
-def reversed_by_hand(layout: Any, texts: list[Any], whole: Any, tile: Tile) -> Any:
-    """`by_hand` for the texts in reversed order."""
-    boxes = type(layout)(tuple(reversed(layout.boxes)))
-    return by_hand(boxes, texts, whole, tile)
+@pytest.mark.parametrize("grid_kind", ["fixed", "moving"])
+def test_the_node_is_the_engine(
+    host: Host, setup: Setup, layout: Any, texts: list[Any], tiny_sdxl: Path, golden: Golden, grid_kind: str
+) -> None:
+    t = {name: golden.tensors[f"tiles_lr.{name}"] for name in ("lq_features", "noise", "lr_latent")}
+    text = TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
+    embeds, pooled = zip(*((each[0][0], each[0][1]["pooled_output"]) for each in texts), strict=True)
+    told_engine = replace(text, tiles=(TileTexts(TileLayout(layout.boxes), embeds, pooled, MIX),))
+    engine = FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
+    settings: dict[str, Any] = {"steps": 2, "overlap": OVERLAPS[grid_kind], "tile_grid": grid_kind, "tile_batch": 2}
+    given: dict[str, Any] = {"lq_latent": t["lr_latent"], "generators": [torch.Generator().manual_seed(5)], "tile": TILE}
+    expected = engine.sample(t["lq_features"], told_engine, t["noise"], **given, **settings)
+    features = host.pack_module("nodes.bridge.graph_types").LQFeatures(t["lq_features"])
+    latent = {"samples": t["lr_latent"] / SDXL.vae_scaling_factor}
+    settings |= {"noise": GivenNoise(t["noise"], 5), "latent_image": latent, "start_point": "lr", "tile_size": TILE}
+    got = setup.restore(features, positive=told(host, layout, texts, setup.positive), **settings)
+    plain = setup.restore(features, **settings)
+    assert relative(got * SDXL.vae_scaling_factor, expected) < TOLERANCE
+    assert relative(plain, got) > 100 * TOLERANCE
 
 
 def test_mix_0_untiled_and_zeroed_out_are_the_whole_images(
