@@ -26,6 +26,7 @@ from PIL import Image
 
 from faithdiff_core.archive.cluster import Cluster
 from faithdiff_core.archive.run import Archive, Outcome
+from faithdiff_core.captions.tile_captions import ImageText
 from faithdiff_core.engine.restoration import Made, ModelFiles, Progress, Restoration
 from faithdiff_core.errors import ImageError
 from faithdiff_core.images.reading import LoadedImage
@@ -66,7 +67,7 @@ class DrawnTimes(Restoration):
         image: LoadedImage,
         name: str,
         target: Path,
-        prompt: str,
+        text: ImageText,
         progress: Progress | None = None,
         also_record: Any = None,
         region: Any = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..faithdiff_core.captions.tile_texts import TILE_MIX
 from ..faithdiff_core.tiling.grid import MAX_OVERLAP
-from ..faithdiff_core.tiling.layout import MOST_PARTS, TileLayout
+from ..faithdiff_core.tiling.layout import MOST_PARTS, PART_OVERLAP, TileLayout
 from .bridge.graph_types import TileLayoutType
 from .bridge.lq_conditioning import Conditioning
 from .bridge.tile_texts import cut_image, only, with_tile_texts
@@ -41,7 +41,7 @@ class FaithDiffTileCaptions(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "overlap",
-                    default=0.1,
+                    default=PART_OVERLAP,
                     min=0.0,
                     max=MAX_OVERLAP,
                     step=0.05,

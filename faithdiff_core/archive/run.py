@@ -100,7 +100,7 @@ class Archive:
         for word in map(as_address, self.inputs):
             work.add(_listed(word, self.out, others))
             if self.restoration.captions and is_folder(word):
-                work.add_texts(entry for entry in walk(word, self.out) if entry.name.lower().endswith(".txt"))
+                work.add_texts(walk(word, self.out), self.restoration.caption_suffixes)
         total, _ = work.counts()
         if not total:
             raise SettingsError(

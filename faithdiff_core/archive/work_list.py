@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .storage import Entry
 _SCHEMA = """
 CREATE TABLE work (id INTEGER PRIMARY KEY, source BLOB UNIQUE, input BLOB, name BLOB, folded TEXT, stem TEXT,
                    stamp TEXT, finished INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE texts (stem BLOB PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
+CREATE TABLE texts (stem BLOB, suffix TEXT, stamp TEXT, PRIMARY KEY (stem, suffix)) WITHOUT ROWID;
 CREATE TABLE present (name BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE rows (name BLOB PRIMARY KEY, state TEXT, settings TEXT, stamp TEXT, row TEXT) WITHOUT ROWID;
 CREATE INDEX stems ON work (stem);
@@ -81,10 +81,20 @@ class WorkList:
             ((_blob(e.address), _blob(e.name), _key(folded_stem(Path(e.name))), e.stamp) for e in entries),
         )
 
-    def add_texts(self, entries: Iterable[Entry]) -> None:
-        """Take in captions: an image with a new caption is to be done again."""
-        rows = ((_blob(os.path.splitext(entry.address)[0]), entry.stamp) for entry in entries)
-        self._insert("INSERT OR REPLACE INTO texts VALUES (?, ?)", rows)
+    def add_texts(self, entries: Iterable[Entry], suffixes: Sequence[str]) -> None:
+        """Take in captions: an image with a new caption is to be done again.
+
+        Args:
+            entries: files; those with other endings are left out.
+            suffixes: what the names of captions end in.
+        """
+        rows = (
+            (_blob(entry.address[: -len(suffix)]), suffix, entry.stamp)
+            for entry in entries
+            for suffix in suffixes
+            if entry.address.lower().endswith(suffix)
+        )
+        self._insert("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
 
     def add_results(self, names: Iterable[str]) -> None:
         """Take in the names of files that are in the output folder."""
@@ -128,8 +138,9 @@ class WorkList:
                 base.execute(
                     "UPDATE work SET name = ?, folded = ? WHERE id = ?", (_blob(key), _key(key.casefold()), number)
                 )
-            caption = "(SELECT '+' || texts.stamp FROM texts WHERE texts.stem = stem_of(work.source))"
-            base.execute(f"UPDATE work SET stamp = stamp || coalesce({caption}, '')")
+            captions = "SELECT stamp FROM texts WHERE texts.stem = stem_of(work.source) ORDER BY suffix"
+            added = f"(SELECT '+' || group_concat(stamp, '+') FROM ({captions}))"
+            base.execute(f"UPDATE work SET stamp = stamp || coalesce({added}, '')")
 
     def _is_taken(self, folded: str) -> bool:
         return self._one("SELECT EXISTS (SELECT 1 FROM work WHERE folded = ?)", _key(folded)) == 1

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..captions.files import caption_text
+from ..captions.tile_captions import ImageText
 from ..engine.restoration import METADATA_KEY, Made, Progress, Restoration
 from ..engine.settings import RestoreSettings
 from ..errors import reason_of
@@ -85,11 +85,11 @@ class Worker:
             content = read(item.source)
             row["bytes_read"] = len(content)
             before = decode_image(content, _file_name(item.source))
-            prompt = self._prompt(item.source)
-            if self._done_before(item, before, prompt):
+            text = self._text(item.source)
+            if self._done_before(item, before, text):
                 row["skipped"] = True
             else:
-                made, notes = self._made(item, before, prompt, progress)
+                made, notes = self._made(item, before, text, progress)
                 write(join(self.out, item.name), made.content)
                 after = made.image
                 row["height"], row["width"] = after.size
@@ -116,12 +116,11 @@ class Worker:
         if problem:
             raise OSError(problem)
 
-    def _prompt(self, source: str) -> str:
-        beside = os.path.splitext(source)[0] + ".txt"
-        content = read_optional(beside) if self.restoration.captions else None
-        return self.restoration.prompt_from(None if content is None else caption_text(content, _file_name(beside)))
+    def _text(self, source: str) -> ImageText:
+        stem = os.path.splitext(source)[0]
+        return self.restoration.text_from(_file_name(stem), lambda suffix: read_optional(stem + suffix))
 
-    def _done_before(self, item: Item, image: LoadedImage, prompt: str) -> bool:
+    def _done_before(self, item: Item, image: LoadedImage, text: ImageText) -> bool:
         """Whether the result is there, though no row says so: a run was killed between the two."""
         if not item.unknown_result or self.overwrite:
             return False
@@ -129,23 +128,23 @@ class Worker:
             return False  # the recipe does not tell whether the photograph's own metadata was left out
         content = read_optional(join(self.out, item.name))
         return content is not None and recorded_recipe(content) == self.restoration.recipe(
-            _file_name(item.source), image, prompt
+            _file_name(item.source), image, text
         )
 
     def _made(
-        self, item: Item, image: LoadedImage, prompt: str, progress: Progress | None
+        self, item: Item, image: LoadedImage, text: ImageText, progress: Progress | None
     ) -> tuple[Made, tuple[str, ...]]:
         """Restore; where memory runs out, once more with smaller tiles."""
         name, target = _file_name(item.source), Path(item.name)
         try:
-            return self.restoration.make(self.pipeline, image, name, target, prompt, progress), ()
+            return self.restoration.make(self.pipeline, image, name, target, text, progress), ()
         except Exception as error:
             smaller = smaller_tiles(self.restoration.settings)
             if not is_out_of_memory(error) or smaller == self.restoration.settings:
                 raise
         free_memory()  # behind the except block, which holds the failed call's tensors
         retry = replace(self.restoration, settings=smaller)
-        made = retry.make(self.pipeline, image, name, target, prompt, progress)
+        made = retry.make(self.pipeline, image, name, target, text, progress)
         note = f"memory ran out; it was restored with smaller tiles ({smaller.tile} px, VAE {smaller.vae_tile} px)"
         return made, (note,)
 

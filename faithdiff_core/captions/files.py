@@ -7,6 +7,15 @@ from pathlib import Path
 
 from ..errors import SettingsError
 
+CAPTION_SUFFIX = ".txt"
+"""Ending of the file beside NAME.png, say: NAME.txt."""
+
+
+def beside(source: Path, suffix: str) -> bytes | None:
+    """The content of NAME and `suffix` beside an image; None if there is no such file."""
+    file = source.with_name(source.stem + suffix)
+    return file.read_bytes() if os.path.exists(file) else None
+
 
 def caption_beside(source: Path) -> str | None:
     """The caption in NAME.txt beside an image, without the mark (BOM) that Windows' editor puts first; None without.
@@ -14,10 +23,8 @@ def caption_beside(source: Path) -> str | None:
     Raises:
         SettingsError: the file is not UTF-8.
     """
-    beside = source.with_suffix(".txt")
-    if not os.path.exists(beside):
-        return None
-    return caption_text(beside.read_bytes(), beside.name)
+    content = beside(source, CAPTION_SUFFIX)
+    return None if content is None else caption_text(content, source.stem + CAPTION_SUFFIX)
 
 
 def caption_text(content: bytes, name: str) -> str:

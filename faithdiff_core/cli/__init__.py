@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success, 1 for a failure, 2 for bad arguments, 130 after Ctrl-C.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = _written_out(sys.argv[1:] if arguments is None else arguments)
     _show_any_name()
     wanted = next((word for word in words if not word.startswith("-")), None)
     try:
@@ -101,6 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nstopped\n")
         return EXIT_CANCELLED
+
+
+def _written_out(words: Sequence[str]) -> list[str]:
+    """The words with `--captions` alone as `--captions=image`: argparse would take an image behind it for its value."""
+    after = [*words[1:], ""]
+    return [
+        "--captions=image" if word == "--captions" and value not in ("image", "tiles") else word
+        for word, value in zip(words, after, strict=True)
+    ]
 
 
 def _show_any_name() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..archive.storage import as_address, is_url
 from ..attribution.words import split_words
+from ..captions.tile_texts import TILE_MIX
 from ..cli import EXIT_CANCELLED, EXIT_FAILED
 from ..engine.description import add_option, described, option
 from ..engine.restoration import ModelFiles, Progress, Restoration, attribution_file
@@ -175,8 +176,18 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     )
     text.add_argument(
         "--captions",
-        action="store_true",
-        help="take the prompt from NAME.txt beside each image; --prompt where there is none",
+        nargs="?",
+        const="image",
+        choices=("image", "tiles"),
+        help="take the prompt from NAME.txt beside each image; --prompt where there is none. With `tiles`, also take "
+        "captions of the image's parts from NAME.tiles.json, as `caption --tiles` writes it: each tile of the sampler "
+        "gets those of the parts that it overlaps",
+    )
+    text.add_argument(
+        "--tile-mix",
+        type=float,
+        metavar="SHARE",
+        help=f"share of the parts' captions in a tile, 0 to 1; the rest is the whole image's ({TILE_MIX})",
     )
     text.add_argument(
         "--trim-captions", action="store_true", help="trim these captions as the published code does with LLaVA's"
@@ -206,6 +217,11 @@ def run(args: argparse.Namespace) -> int:
     if args.feather < 0:
         raise SettingsError(f"--feather must be 0 or more, got {args.feather}.")
     restoration = replace(read_restoration(args), feather=args.feather, attribute=_words(args.attribute))
+    if args.attribute and restoration.tile_captions and restoration.tile_mix:
+        raise SettingsError(
+            "--attribute shows words of one prompt, but with --captions tiles each tile gets another text. Leave one "
+            "out, or take --tile-mix 0."
+        )
     if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output)):
         if args.mask is not None:
             raise SettingsError("--mask does not work with --workers or addresses; restore such images without them.")
@@ -291,6 +307,10 @@ def read_settings(args: argparse.Namespace) -> RestoreSettings:
         raise SettingsError(f"--seed must be 0 or more, got {args.seed}.")
     if args.seed >= 2**64:
         raise SettingsError(f"--seed must be below 2^64, got {args.seed}.")
+    if args.tile_mix is not None and args.captions != "tiles":
+        raise SettingsError("--tile-mix needs --captions tiles.")
+    if args.tile_mix is not None and not 0 <= args.tile_mix <= 1:
+        raise SettingsError(f"--tile-mix must lie between 0 and 1, got {args.tile_mix}.")
     if args.trim_captions and not args.captions:
         raise SettingsError("--trim-captions needs --captions: prompts that are typed are never trimmed.")
     for name in ("scale", "longest_side", "megapixels"):
@@ -315,7 +335,9 @@ def read_restoration(args: argparse.Namespace) -> Restoration:
         size=_size_arguments(args),
         prompt=args.prompt,
         negative_prompt=args.negative_prompt,
-        captions=args.captions,
+        captions=args.captions is not None,
+        tile_captions=args.captions == "tiles",
+        tile_mix=TILE_MIX if args.tile_mix is None else args.tile_mix,
         trim_captions=args.trim_captions,
         seed=args.seed,
         metadata=not args.strip_metadata,

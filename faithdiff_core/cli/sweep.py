@@ -232,7 +232,9 @@ class _Sweep:
 
     def _digest(self, restoration: Restoration, source: Path, content: str) -> str:
         """Changes with anything that changes the result: input (by its digest), caption, settings, models."""
-        return digest_of(restoration.digest, restoration.prompt_for(source), content, self._identity)
+        text = restoration.text_for(source)
+        tiles = () if text.tiles is None else (text.tiles.to_json().decode(),)
+        return digest_of(restoration.digest, text.prompt, content, self._identity, *tiles)
 
     def restore(self) -> int:
         """Restore what is missing, each image at all points before the next.

@@ -11,14 +11,17 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..atomic import write_atomically
 from ..attribution.overlay import attribution_sheet, image_maps
-from ..captions.files import caption_beside
+from ..captions.files import CAPTION_SUFFIX, beside, caption_text
+from ..captions.tile_captions import TILES_SUFFIX, ImageText, read_tile_captions
+from ..captions.tile_texts import TILE_MIX
 from ..captions.trim import trim_caption
-from ..errors import ImageError
+from ..errors import ImageError, SettingsError
 from ..images.geometry import resize_lanczos, target_size
 from ..images.masks import load_mask
 from ..images.reading import LoadedImage, load_image
@@ -134,7 +137,10 @@ class Restoration:
         size: one of `scale`, `longest_side` and `megapixels` with its value, as `target_size` takes it.
         prompt, negative_prompt: texts for every image.
         captions: take the prompt from NAME.txt beside each image where there is one.
-        trim_captions: trim these as the published code does.
+        tile_captions: moreover take captions of each image's parts from NAME.tiles.json, which has to be there, for the
+            sampler's tiles.
+        tile_mix: their share in a tile's text, 0 to 1; the rest is the prompt's.
+        trim_captions: trim captions as the published code does.
         seed: the same for every image.
         metadata: keep EXIF, XMP and resolution of each image in its result.
         location: keep where the photograph was taken among them.
@@ -148,6 +154,8 @@ class Restoration:
     prompt: str = ""
     negative_prompt: str = ""
     captions: bool = False
+    tile_captions: bool = False
+    tile_mix: float = TILE_MIX
     trim_captions: bool = False
     seed: int = 0
     metadata: bool = True
@@ -184,8 +192,8 @@ class Restoration:
         region = None if mask is None else load_mask(mask, source.name, *image.size)
         if mask is not None:
             also_record = {"mask": mask.name, "feather": self.feather, **(also_record or {})}
-        prompt = self.prompt_for(source)
-        made = self.make(pipeline, image, source.name, target, prompt, progress, also_record, region)
+        text = self.text_for(source)
+        made = self.make(pipeline, image, source.name, target, text, progress, also_record, region)
         if made.attribution is not None:
             write_atomically(attribution_file(target), made.attribution)
         write_atomically(target, made.content)  # last: it stands for all being done
@@ -197,7 +205,7 @@ class Restoration:
         image: LoadedImage,
         name: str,
         target: Path,
-        prompt: str,
+        text: ImageText,
         progress: Progress | None = None,
         also_record: Mapping[str, Any] | None = None,
         region: Tensor | None = None,
@@ -209,7 +217,7 @@ class Restoration:
             image: the input.
             name: of the input's file, for messages and metadata.
             target: its name says the format.
-            prompt: from `prompt_for`.
+            text: from `text_for`.
             progress: see `FaithDiffPipeline`.
             also_record: further entries of the metadata, as JSON has them.
             region: mask of what is restored, (1, h, w). Defaults to all of the image.
@@ -224,7 +232,9 @@ class Restoration:
             result = pipeline(
                 image.colors.unsqueeze(0),
                 self.settings.changed(size=(height, width)),
-                prompt=prompt,
+                prompt=text.prompt,
+                tile_captions=text.tiles,
+                tile_mix=self.tile_mix,
                 negative_prompt=self.negative_prompt,
                 seed=self.seed,
                 progress=progress,
@@ -243,29 +253,52 @@ class Restoration:
         alpha = None if image.alpha is None else resize_lanczos(image.alpha.unsqueeze(0), height, width)[0]
         kept = image.metadata.kept(self.metadata, self.location)
         restored = replace(image, colors=result[0], alpha=alpha, metadata=kept)
-        recipe = {**self.recipe(name, image, prompt), **(also_record or {})}
-        text = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
-        content, notes = encode_image(target, restored, text)
+        recipe = {**self.recipe(name, image, text), **(also_record or {})}
+        entries = {"Software": _software(), METADATA_KEY: json.dumps(recipe)}
+        content, notes = encode_image(target, restored, entries)
         maps = None if attribution is None else _attribution_png(attribution, result[0])
         return Made(restored, content, (*image.notes, *notes), maps)
 
-    def recipe(self, name: str, image: LoadedImage, prompt: str) -> dict[str, Any]:
+    def recipe(self, name: str, image: LoadedImage, text: ImageText) -> dict[str, Any]:
         """What the metadata of an image's result records: all that it was made with."""
         height, width = target_size(*image.size, **self.size)
-        return {"source": name, "width": width, "height": height, "prompt": prompt, **self._shared()}
+        mix = {} if text.tiles is None else {"tile_mix": self.tile_mix}
+        return {"source": name, "width": width, "height": height, **text.recorded(), **mix, **self._shared()}
 
-    def prompt_for(self, source: Path) -> str:
-        """The prompt of one image: its caption where captions are asked for and it has one.
+    @property
+    def caption_suffixes(self) -> tuple[str, ...]:
+        """Endings of the files beside an image that captions are taken from."""
+        kinds = {CAPTION_SUFFIX: self.captions, TILES_SUFFIX: self.tile_captions}
+        return tuple(suffix for suffix, wanted in kinds.items() if wanted)
+
+    def text_for(self, source: Path) -> ImageText:
+        """What is said of an image: its captions where they are asked for and it has some, or the prompt.
 
         Raises:
-            SettingsError: the caption is not UTF-8.
+            SettingsError: a caption is not UTF-8, or captions of parts are missing or not of their form.
         """
-        return self.prompt_from(caption_beside(source) if self.captions else None)
+        return self.text_from(source.stem, partial(beside, source))
 
-    def prompt_from(self, caption: str | None) -> str:
-        """The prompt of an image with a caption, or with None."""
-        if caption is None:
-            return self.prompt
+    def text_from(self, stem: str, read: Callable[[str], bytes | None]) -> ImageText:
+        """The same for an image that need not be a file of this machine.
+
+        Args:
+            stem: the image's name without its ending, for messages.
+            read: gives the content of the file beside the image with an ending; None where there is none.
+        """
+        found = {suffix: read(suffix) for suffix in self.caption_suffixes}
+        caption, tiles = found.get(CAPTION_SUFFIX), found.get(TILES_SUFFIX)
+        prompt = self.prompt if caption is None else self._trimmed(caption_text(caption, stem + CAPTION_SUFFIX))
+        if not self.tile_captions:
+            return ImageText(prompt)
+        if tiles is None:
+            raise SettingsError(
+                f"There is no {stem}{TILES_SUFFIX} beside the image. Write it with `caption FOLDER --tiles 2x2`, or "
+                f"take `--captions` without `tiles`."
+            )
+        return ImageText(prompt, read_tile_captions(tiles, stem + TILES_SUFFIX).each(self._trimmed))
+
+    def _trimmed(self, caption: str) -> str:
         return trim_caption(caption) if self.trim_captions else caption
 
     @property
@@ -274,6 +307,8 @@ class Restoration:
         facts = {**self._shared(), "prompt": self.prompt, "size": self.size, "captions": self.captions}
         facts["trim_captions"] = self.trim_captions
         facts |= {"metadata": self.metadata, "location": self.location}
+        if self.tile_captions:
+            facts |= {"tile_captions": True, "tile_mix": self.tile_mix}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _shared(self) -> dict[str, Any]:

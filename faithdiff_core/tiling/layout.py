@@ -15,6 +15,9 @@ from .grid import MIN_TILE, Tile, check_overlap, tile_starts, tile_stride
 Box = tuple[float, float, float, float]
 """Top, left, bottom and right as fractions of the image's height and width, 0 to 1."""
 
+PART_OVERLAP = 0.1
+"""Default fraction of a part that neighbours share, so that a captioner sees objects on a border whole."""
+
 MOST_PARTS = 1024
 """More parts than anybody would have captioned."""
 

@@ -22,6 +22,7 @@ from faithdiff_core.archive.storage import Entry, walk
 from faithdiff_core.archive.summary import write_summary
 from faithdiff_core.archive.work_list import Item, WorkList
 from faithdiff_core.archive.worker import Worker, is_out_of_memory, recorded_recipe, smaller_tiles
+from faithdiff_core.captions.tile_captions import ImageText
 from faithdiff_core.cli import main
 from faithdiff_core.engine import RestoreSettings
 from faithdiff_core.engine.restoration import ModelFiles, Restoration
@@ -115,8 +116,8 @@ def test_half_a_result_is_none(tmp_path: Path, tiny_sdxl: Path, golden: Golden) 
     restoration = Restoration(ModelFiles(tiny_sdxl, golden.model, device="cpu"), RestoreSettings(steps=1, cfg=1.0))
     pipeline, image = restoration.files.load(), decode_image(_png(noise(0)), "a.png")
     for suffix in ("png", "tif", "jpg", "webp"):
-        content = restoration.make(pipeline, image, "a.png", Path(f"a.{suffix}"), "Käse").content
-        assert recorded_recipe(content) == restoration.recipe("a.png", image, "Käse")
+        content = restoration.make(pipeline, image, "a.png", Path(f"a.{suffix}"), ImageText("Käse")).content
+        assert recorded_recipe(content) == restoration.recipe("a.png", image, ImageText("Käse"))
         assert recorded_recipe(content[: len(content) // 2]) is None
     assert recorded_recipe(_png(noise(0))) is None
 
