@@ -214,6 +214,28 @@ class TileGrid:
         tile.crop(out).addcmul_(result.to(out.dtype), self.weights(tile, out.device, out.dtype))
 
 
+class OneTileGrid(TileGrid):
+    """A published grid of whose tiles a single one is worked on; its result is taken as it is.
+
+    Args:
+        height, width, tile, overlap: see `TileGrid`.
+        only: one of the grid's tiles.
+    """
+
+    def __init__(self, height: int, width: int, tile: int, overlap: float, *, only: Tile) -> None:
+        super().__init__(height, width, tile, overlap)
+        self._only = only
+
+    @cached_property
+    def tiles(self) -> tuple[Tile, ...]:
+        """The one tile; `len` still counts all of the grid."""
+        return (self._only,)
+
+    def merge(self, out: Tensor, tile: Tile, result: Tensor) -> None:
+        """Put the tile's result into `out`, in place."""
+        tile.crop(out).copy_(result)
+
+
 def _normalized(starts: list[int], window: Tensor, length: int) -> Tensor:
     """Windows at `starts`, (tiles, n), scaled so that they add up to 1 at each of the `length` positions."""
     total = torch.zeros(length, dtype=torch.float64)

@@ -19,6 +19,7 @@ from ...faithdiff_core.errors import ImageError, SettingsError
 from ...faithdiff_core.tiling.grid import Tile, TileGrid
 from .active_conditions import OUTER_UUID, Conds, other_tiler
 from .checks import check_image
+from .tile_texts import tile_texts_of
 
 AttributionType = io.Custom("FAITHDIFF_ATTRIBUTION")
 
@@ -49,15 +50,17 @@ class AttributionRecord:
         self._last: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
-    def run(self, guider: Any, *, masked: bool = False) -> Iterator[None]:
+    def run(self, guider: Any, *, tiled: bool = False, masked: bool = False) -> Iterator[None]:
         """Record the sampling run of a guider within the context.
 
         Args:
             guider: ComfyUI's.
+            tiled: the latent is sampled in several tiles.
             masked: parts of the latent may be left out, by a noise mask or in a preview of one tile.
 
         Raises:
-            SettingsError: the guider has several conditionings for the prompt, or one for a part of the image.
+            SettingsError: the guider has several conditionings for the prompt, or one for a part of the image, or tiles
+                get texts of their own.
         """
         self.recorder.begin(gaps=masked)
         self.latent, self._last = None, None
@@ -71,6 +74,11 @@ class AttributionRecord:
         if "area" in conds[0]:
             raise SettingsError(
                 "FaithDiff Attribution Record: the conditioning is for an area of the image. Take the area out."
+            )
+        if tiled and tile_texts_of(conds[0]) is not None:
+            raise SettingsError(
+                "FaithDiff Attribution Record: the map shows words of one prompt, but with FaithDiff Tile Conditioning "
+                "each tile gets another text. Take that node out, or set its mix to 0."
             )
         self._tokens = {cond["uuid"]: _tokens(cond) for cond in conds}
         with self.recorder.watching(guider.inner_model.diffusion_model):

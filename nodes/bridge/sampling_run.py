@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from ...faithdiff_core.errors import SettingsError
-from ...faithdiff_core.tiling.grid import Tile, TileGrid, check_overlap, check_tile_size
+from ...faithdiff_core.tiling.grid import OneTileGrid, Tile, TileGrid, check_overlap, check_tile_size
 from ...faithdiff_core.tiling.moving import TileGridKind, TileGrids
 from .control_hints import ControlHints
 from .graph_types import LQFeatures
@@ -60,6 +60,12 @@ class Tiling:
                 f"{len(grid.rows)} tiles (columns x rows), numbered row by row."
             )
         return grid.tiles[number]
+
+    def grid(self, height: int, width: int, seed: int, sigma: float, only: Tile | None = None) -> TileGrid:
+        """The tiles of a latent of this size at a noise level of a run, or `only` the one that is previewed."""
+        if only is not None:
+            return OneTileGrid(height, width, self.tile_size, self.overlap, only=only)
+        return self.grids(height, width, seed).at(sigma)
 
     def grids(self, height: int, width: int, seed: int = 0) -> TileGrids:
         """The tiles of a latent of this size at each noise level of a run."""

@@ -93,6 +93,12 @@ def _hooked(conditioning: Conditioning) -> bool:
     return any("hooks" in entry[1] for entry in conditioning)
 
 
+def tile_texts_of(cond: dict[str, Any]) -> TileTexts | None:
+    """The parts' texts of one of ComfyUI's conditionings, where it has some and they act."""
+    texts = cond.get(TEXTS_KEY)
+    return texts if isinstance(texts, TileTexts) and texts.mix else None
+
+
 def put_texts(
     cond: dict[str, Any], model_conds: dict[str, Any], grid: TileGrid, tiles: Sequence[Tile], images: int
 ) -> None:
@@ -108,8 +114,8 @@ def put_texts(
     Raises:
         SettingsError: the MODEL takes no such text.
     """
-    texts = cond.get(TEXTS_KEY)
-    if not isinstance(texts, TileTexts) or texts.mix == 0.0 or len(grid) == 1:
+    texts = tile_texts_of(cond)
+    if texts is None or len(grid) == 1:
         return
     whole = cond["model_conds"].get("c_crossattn")
     if whole is None:

@@ -157,7 +157,8 @@ def sampler_sample(
     extra_args = {**extra_args, "model_options": with_run(model_options, run)}
     if run.record is None:
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
-    with run.record.run(guider, masked=run.mask is not None or run.only is not None):
+    masked = run.mask is not None or run.only is not None
+    with run.record.run(guider, tiled=state is not None, masked=masked):
         return executor(guider, sigmas, extra_args, callback, noise, *rest)
 
 
@@ -207,16 +208,12 @@ def calc_cond_batch(
         call = run.calling(call_conditions(active, conds, whole), copies_equal, calls)
         return executor(model, conds, x_in, timestep, with_run(model_options, call))
 
-    if run.only is None:
-        grid = run.tiling.grids(height, width, run.seed).at(float(timestep[0]))
-    else:
-        grid = TileGrid(height, width, run.tiling.tile_size, run.tiling.overlap)
+    grid = run.tiling.grid(height, width, run.seed, float(timestep[0]), run.only)
     if patch is not None:
         patch.keep_for(grid, x_in.device)
     images = x_in.shape[0]
     outs = [torch.zeros_like(x_in) for _ in conds]
-    tiles_of_step = grid.tiles if run.only is None else (run.only,)
-    needed = tiles_of_step if run.mask is None else run.mask.touched(tiles_of_step, (height, width))
+    needed = grid.tiles if run.mask is None else run.mask.touched(grid.tiles, (height, width))
     check_encoded(active, needed)
     at_once = _tiles_per_call(model, run, grid, conds, x_in)
     done = 0
@@ -238,10 +235,7 @@ def calc_cond_batch(
             predictions = executor(model, cut, x, timestep.repeat(len(tiles)), with_run(model_options, call))
         for out, prediction in zip(outs, predictions, strict=True):
             for tile, part in zip(tiles, prediction.split(images), strict=True):
-                if run.only is None:
-                    grid.merge(out, tile, part)
-                else:
-                    tile.crop(out).copy_(part)
+                grid.merge(out, tile, part)
         done += len(tiles)
         if run.progress is not None:
             run.progress.tiles_done(done, len(needed))

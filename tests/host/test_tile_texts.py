@@ -147,7 +147,11 @@ def test_the_node_is_the_engine(
     told_engine = replace(text, tiles=(TileTexts(TileLayout(layout.boxes), embeds, pooled, MIX),))
     engine = FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
     settings: dict[str, Any] = {"steps": 2, "overlap": OVERLAPS[grid_kind], "tile_grid": grid_kind, "tile_batch": 2}
-    given: dict[str, Any] = {"lq_latent": t["lr_latent"], "generators": [torch.Generator().manual_seed(5)], "tile": TILE}
+    given: dict[str, Any] = {
+        "lq_latent": t["lr_latent"],
+        "generators": [torch.Generator().manual_seed(5)],
+        "tile": TILE,
+    }
     expected = engine.sample(t["lq_features"], told_engine, t["noise"], **given, **settings)
     features = host.pack_module("nodes.bridge.graph_types").LQFeatures(t["lq_features"])
     latent = {"samples": t["lr_latent"] / SDXL.vae_scaling_factor}
@@ -215,5 +219,10 @@ def test_parts_and_texts_that_do_not_go_together(host: Host, setup: Setup, layou
             told(host, layout, parts, setup.positive)
     with pytest.raises(Exception, match="got a batch of 2"):
         host.call("FaithDiffTileCaptions", image=images(64, 64, 2), columns=2, rows=1, tile_size=0, overlap=0.0)
+    recorded = host.call("FaithDiffAttributionRecord", model=setup.model, prompt="positive", max_memory=64)[0]
+    features = setup.features(images(HEIGHT, WIDTH, seed=1))
+    positive = told(host, layout, texts, setup.positive)
+    with pytest.raises(Exception, match="each tile gets another text"):
+        setup.restore(features, model=recorded, positive=positive, tile_size=TILE)
     with pytest.raises(Exception, match="layout: expected the layout from FaithDiff Tile Captions"):
         told(host, None, texts, setup.positive)
