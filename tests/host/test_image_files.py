@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import tifffile
 from comfy_host import REPO, Graph, GraphError, Page, PromptRejectedError, Server
 from PIL import Image
-from support.photographs import LATITUDE, linear_profile, photograph
+from support.photographs import LATITUDE, linear_profile, photograph, wide_photograph, wide_profile
 
 from faithdiff_core.cli import main
 from faithdiff_core.images.reading import LoadedImage, decode_image, load_image
@@ -42,10 +44,7 @@ def write_folder(folder: Path) -> None:
     Image.fromarray(cut).save(folder / "5 cut.png")
     Image.fromarray(cut[..., :3]).save(folder / "Name.png")
     Image.fromarray(cut[::-1, :, :3]).save(folder / "name.png")
-    tifffile.imwrite(
-        folder / "sub" / "deep.tif", pixels(24, 24, 3, 16), photometric="rgb", iccprofile=linear_profile(),
-        resolution=(240, 240), resolutionunit="INCH",
-    )  # fmt: skip
+    (folder / "sub" / "deep.png").write_bytes(wide_photograph(pixels(24, 24, 3, 16)))
     (folder / "sub" / "deep.txt").write_text("A drawing of waves.", encoding="utf-8")
 
 
@@ -160,7 +159,32 @@ def test_a_folder_is_what_the_command_line_gives(server: Server, inputs: Path, c
     facts = {name: about(load_image(out / name)) for name in names}
     assert (facts["4 grey.png"]["bits"], facts["4 grey.png"]["grey"]) == (16, True)
     assert facts["5 cut.png"]["alpha"]
-    assert (facts["sub/deep.png"]["bits"], load_image(out / "sub" / "deep.png").icc) == (16, linear_profile())
+    for folder in (out, command_line):
+        deep = folder / "sub" / "deep.png"
+        assert (facts["sub/deep.png"]["bits"], load_image(deep).icc) == (16, wide_profile())
+        read_by_other_programs(deep, inputs / "field" / "sub" / "deep.png")
+
+
+def read_by_other_programs(path: Path, source: Path) -> None:
+    """What exiftool and ImageMagick, where they are installed, find in the result of `wide_photograph`."""
+    if exiftool := shutil.which("exiftool"):
+        words = [exiftool, "-j", "-G1", "-n", str(path), str(source)]
+        tags, before = json.loads(subprocess.run(words, capture_output=True, check=True).stdout)
+        assert tags.get("ExifTool:Warning") == before.get("ExifTool:Warning")
+        expected = {
+            "PNG:BitDepth": 16, "IFD0:Make": "Camera Works", "ExifIFD:DateTimeOriginal": "2003:07:08 09:10:11",
+            "ExifIFD:ExifImageWidth": 48, "XMP-dc:Title": "Bridge & towör", "XMP-photoshop:City": "Vienna",
+            "GPS:GPSLatitude": 48 + 12 / 60 + 30 / 3600, "PNG-pHYs:PixelsPerUnitX": round(240 / 0.0254),
+        }  # fmt: skip
+        assert {name: tags.get(name) for name in expected} == pytest.approx(expected)
+        assert tags["ICC_Profile:ProfileDescription"].startswith("WIDE")
+        assert [float(v) for v in tags["ICC_Profile:RedMatrixColumn"].split()] == pytest.approx(
+            [0.60974, 0.31111, 0.01947], abs=1e-4
+        )
+    if identify := shutil.which("identify"):
+        words = [identify, "-format", "%z|%[profile:icc]", str(path)]
+        found = subprocess.run(words, capture_output=True, check=True, text=True).stdout.split("|")
+        assert (found[0], found[1][:4]) == ("16", "WIDE")
 
 
 def test_done_again_on_request_in_passes_and_formats(server: Server, inputs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import numpy as np
@@ -83,16 +84,60 @@ def photograph(kind: str, values: np.ndarray, *, orientation: int = 6, dpi: int 
     return buffer.getvalue()
 
 
+def wide_photograph(values: np.ndarray, *, dpi: int = 240) -> bytes:
+    """A PNG file with 16 bits and Adobe RGB's profile, which Pillow cannot write, and EXIF, XMP and resolution.
+
+    Args:
+        values: (H, W, 3), uint16.
+        dpi: resolution.
+    """
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.tobytes() for row in values.astype(">u2"))
+    per_meter = round(dpi / 0.0254)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0),
+        b"iCCP": b"profile\0\0" + zlib.compress(wide_profile()),
+        b"eXIf": exif(width, height, 1).removeprefix(b"Exif\0\0"),
+        b"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + XMP,
+        b"pHYs": struct.pack(">IIB", per_meter, per_meter, 1),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, content in chunks.items():
+        out += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return out
+
+
 def linear_profile() -> bytes:
     """sRGB's profile with curves of gamma 1 (ICC.1:2010, section 10.5: a curve without entries is the identity)."""
+    curve = b"curv" + bytes(8)
+    return _changed_srgb("LINE", {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve})
+
+
+def wide_profile() -> bytes:
+    """sRGB's profile with the primaries of Adobe RGB (1998), adapted to D50 (ICC.1:2010, section 10.31)."""
+    primaries = {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+    }
+    xyz = {tag: struct.pack(">4s4x3i", b"XYZ ", *(round(v * 65536) for v in of)) for tag, of in primaries.items()}
+    return _changed_srgb("WIDE", xyz)
+
+
+def _changed_srgb(name: str, changes: dict[bytes, bytes]) -> bytes:
+    """sRGB's profile under another name of four letters, with other content of some tags, no longer than before."""
     out = bytearray(SRGB)
     count = struct.unpack(">I", SRGB[128:132])[0]
     for i in range(count):
         tag, offset, size = struct.unpack(">4sII", SRGB[132 + 12 * i : 144 + 12 * i])
-        if tag in (b"rTRC", b"gTRC", b"bTRC"):
-            out[offset : offset + 12] = b"curv" + bytes(8)
-            out[132 + 12 * i + 8 : 132 + 12 * i + 12] = struct.pack(">I", 12)
+        if tag in changes:
+            content = changes[tag]
+            assert len(content) <= size
+            out[offset : offset + len(content)] = content
+            out[132 + 12 * i + 8 : 132 + 12 * i + 12] = struct.pack(">I", len(content))
         if tag == b"desc":
             at = out.index("sRGB".encode("utf-16-be"), offset, offset + size)
-            out[at : at + 8] = "LINE".encode("utf-16-be")
+            out[at : at + 8] = name.encode("utf-16-be")
     return bytes(out)
