@@ -60,24 +60,23 @@ class TokenMaps:
     def _bytes(self, images: int, tokens: int) -> int:
         return 4 * images * (tokens + 1) * -(-self.height // self.factor) * -(-self.width // self.factor)
 
-    def add(self, image: int, tile: Tile, maps: Tensor, first_token: int, weights: Tensor | None = None) -> None:
-        """Add a tile's maps of some tokens.
+    def add(self, image: int, tile: Tile, maps: Tensor, weights: Tensor | None = None) -> None:
+        """Add maps of the first tokens, which may be sums of several.
 
         Args:
             image: index of the image.
             tile: where they lie.
             maps: (tokens, tile.height, tile.width).
-            first_token: index of the first.
             weights: merge weights of the tile, (tile.height, tile.width). Default to 1.
         """
-        weighted = maps if weights is None else maps * weights
-        self._add_pooled(self.sums[image, first_token : first_token + len(maps)], tile, weighted)
+        weighted = maps if weights is None else maps * weights.to(maps)
+        self._add_pooled(self.sums[image, : len(maps)], tile, weighted)
 
-    def add_weights(self, image: int, tile: Tile, weights: Tensor | None = None) -> None:
-        """Count a tile whose maps have been added; once for all tokens."""
+    def add_weights(self, image: int, tile: Tile, weights: Tensor | None = None, count: int = 1) -> None:
+        """Count a tile whose maps have been added, as often as they are sums of; once for all tokens."""
         if weights is None:
             weights = self.sums.new_ones(tile.height, tile.width)
-        self._add_pooled(self.weights[image][None], tile, weights[None])
+        self._add_pooled(self.weights[image][None], tile, weights[None] * count)
 
     def _add_pooled(self, sums: Tensor, tile: Tile, values: Tensor) -> None:
         """Add (n, tile.height, tile.width) to (n, rows, columns), each of which is the sum over factor x factor."""
@@ -103,10 +102,10 @@ class TokenMaps:
                 "No attention was recorded for a part of the image. A node that answers U-Net calls from a cache, or "
                 "a compiled model, hides the attention; take it out."
             )
-        # Bicubic enlarging overshoots; attention is never negative.
-        maps = (self.sums[:, list(positions)].mean(dim=1) / self.weights.masked_fill(nowhere, 1.0)).clamp_(min=0)
+        maps = self.sums[:, list(positions)].mean(dim=1) / self.weights.masked_fill(nowhere, 1.0)
         if self.factor == 1:
             return maps
+        # Bicubic enlarging overshoots; attention is never negative.
         whole = (maps.shape[-2] * self.factor, maps.shape[-1] * self.factor)
         large = F.interpolate(maps[:, None], whole, mode="bicubic", align_corners=False)[:, 0].clamp_(0)
         return large[:, : self.height, : self.width]

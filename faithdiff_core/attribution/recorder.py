@@ -1,9 +1,8 @@
 """Recording the cross-attention of U-Net calls.
 
-The published tool keeps a map for every layer and head, enlarges each (bicubic), clamps it at 0 and averages. Enlarging
-is linear, so here heads and layers of one size are averaged first, within each U-Net call, and enlarged once: a
-hundredth of the work, and the same but for the clamp, which acts on the average. The coarsest layers, at an eighth of
-the latent's sides, are left out as there.
+As in the published tool, the map of each layer, head and token is enlarged to the size of what the U-Net call sees
+(bicubic) and clamped at 0, and all of them are averaged; the coarsest layers, at an eighth of the latent's sides, are
+left out. Each layer's maps are added as soon as its queries and keys are known, in parts, so none of them is kept.
 
 Queries and keys are taken from the outputs of the layers `to_q` and `to_k`, which U-Nets of diffusers and of hosts have
 alike. So LoRAs are in them, and other patches of the attention do not matter.
@@ -11,18 +10,17 @@ alike. So LoRAs are in them, and other patches of the attention do not matter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SettingsError
 from ..tiling.grid import Tile
+from .head_maps import head_sums
 from .maps import TokenMaps
 
 DEFAULT_MEMORY = 512 * 2**20
@@ -54,19 +52,16 @@ class RecordedRow:
 
 
 class _Call:
-    """The sums of one U-Net call over heads and layers, by the number of queries."""
+    """One U-Net call."""
 
-    def __init__(self, rows: Sequence[RecordedRow], batch: int, size: tuple[int, int]) -> None:
+    def __init__(self, rows: Sequence[RecordedRow], batch: int) -> None:
         self.rows, self.batch = rows, batch
-        self.tokens = max(row.tokens for row in rows)
-        self.by_tokens = {n: [i for i, row in enumerate(rows) if row.tokens == n] for n in {r.tokens for r in rows}}
         # A layer's size by its number of queries; each level halves the sides, rounding up.
         self.sizes: dict[int, tuple[int, int, int]] = {}
-        height, width = size
+        height, width = rows[0].tile.height, rows[0].tile.width
         for factor in _FACTORS:
             self.sizes.setdefault(height * width, (height, width, factor))
             height, width = -(-height // 2), -(-width // 2)
-        self.sums: dict[int, Tensor] = {}
         self.heads = 0
         self.pending: dict[int, Tensor] = {}
 
@@ -79,7 +74,7 @@ class CrossAttentionRecorder:
 
     Args:
         memory: bytes that a recording may take, without which it is stored more coarsely; see `TokenMaps`. Half of it
-            is for the maps, the rest for a call's intermediate results.
+            is for the maps, a quarter for a layer's heads.
 
     Attributes:
         maps: what was recorded; None before the first call of a run.
@@ -90,16 +85,18 @@ class CrossAttentionRecorder:
             raise SettingsError(f"The memory for attribution must be at least 1 MiB, got {memory} bytes.")
         self.memory = memory
         self.maps: TokenMaps | None = None
+        self._tokens = 0
         self._gaps = False
         self._call: _Call | None = None
 
-    def begin(self, *, gaps: bool = False) -> None:
+    def begin(self, tokens: int, *, gaps: bool = False) -> None:
         """Forget an earlier run.
 
         Args:
+            tokens: of the longest prompt of the coming run.
             gaps: parts of the latents are not sampled in the coming run; their attention counts as 0.
         """
-        self.maps, self._gaps = None, gaps
+        self.maps, self._tokens, self._gaps = None, tokens, gaps
 
     def recorded(self) -> TokenMaps:
         """What was recorded.
@@ -138,7 +135,7 @@ class CrossAttentionRecorder:
     def call(
         self, rows: Sequence[RecordedRow], batch: int, images: int, latent: tuple[int, int], device: torch.device
     ) -> Iterator[None]:
-        """Record the U-Net call within the context; one that raises leaves nothing behind.
+        """Record the U-Net call within the context; one that raises ends the recording: nothing of it is left.
 
         Args:
             rows: those to record; their tiles have one size.
@@ -153,15 +150,20 @@ class CrossAttentionRecorder:
         if not rows:
             yield
             return
-        first = rows[0].tile
-        self._call = call = _Call(rows, batch, (first.height, first.width))
         if self.maps is None:
-            self.maps = TokenMaps(images, call.tokens, *latent, memory=self.memory // 2, device=device, gaps=self._gaps)
-        elif self.maps.sums.shape[1] < call.tokens or (self.maps.height, self.maps.width) != latent:
+            self.maps = TokenMaps(
+                images, self._tokens, *latent, memory=self.memory // 2, device=device, gaps=self._gaps
+            )
+        if max(row.tokens for row in rows) > self._tokens or (self.maps.height, self.maps.width) != latent:
             raise SettingsError("Attribution: the prompt or the latent changed its length or size within a run.")
+        self._call = call = _Call(rows, batch)
         try:
             yield
-            self._merge(call, self.maps)
+            for row in rows if call.heads else ():  # without heads, the call was answered without the U-Net
+                self.maps.add_weights(row.image, row.tile, row.weights, call.heads)
+        except BaseException:
+            self.maps = None  # some layers' maps are in it
+            raise
         finally:
             self._call = None
 
@@ -182,7 +184,7 @@ class CrossAttentionRecorder:
         return hook
 
     def _add(self, call: _Call, q: Tensor, k: Tensor, heads: int) -> None:
-        """Add a layer's probabilities; q and k are (batch, length, heads * channels)."""
+        """Add a layer's maps; q and k are (batch, length, heads * channels)."""
         length = q.shape[1]
         if q.shape[0] != call.batch or k.shape[0] != call.batch or length not in call.sizes:
             raise SettingsError(
@@ -190,74 +192,26 @@ class CrossAttentionRecorder:
                 f"positions, got {tuple(q.shape[:2])}. A node changes the U-Net's sizes or rows (deep shrink, "
                 f"normalized attention guidance, ...); take it out."
             )
-        if call.sizes[length][2] == LEFT_OUT:
+        height, width, factor = call.sizes[length]
+        if factor == LEFT_OUT:
             return
-        if length not in call.sums:
-            wanted = 4 * len(call.rows) * call.tokens * length
-            if wanted > self.memory // 4:
+        assert self.maps is not None
+        for row in call.rows:
+            if k.shape[1] % row.tokens:
                 raise SettingsError(
-                    f"Attribution: a U-Net call with {length} positions needs {4 * wanted / 2**20:.0f} MiB for its "
-                    f"maps, more than the {self.memory / 2**20:.0f} MiB allowed. Allow more, or sample in "
-                    f"(smaller) tiles."
+                    f"Attribution: the prompt has {row.tokens} tokens, but attention goes over {k.shape[1]}. A node "
+                    f"adds tokens of its own; take it out."
                 )
-            call.sums[length] = torch.zeros(len(call.rows), length, call.tokens, device=q.device)
-        for tokens, members in call.by_tokens.items():
-            if k.shape[1] % tokens:
-                raise SettingsError(
-                    f"Attribution: the prompt has {tokens} tokens, but attention goes over {k.shape[1]}. A node adds "
-                    f"tokens of its own; take it out."
-                )
-            index = [call.rows[i].row for i in members]
-            added = head_sums(q[index], k[index, :tokens], heads, self.memory // 8)
-            whole = len(members) == len(call.rows) and tokens == call.tokens
-            if whole:
-                call.sums[length] += added
-            else:
-                call.sums[length][members, :, :tokens] += added
+            tile = row.tile
+            for part, values in head_sums(
+                q[row.row],
+                k[row.row, : row.tokens],
+                heads,
+                (height, width),
+                (tile.height, tile.width),
+                self.memory // 4,
+            ):
+                weights = None if row.weights is None else part.crop(row.weights)
+                within = Tile(tile.top + part.top, tile.left + part.left, part.height, part.width)
+                self.maps.add(row.image, within, values, weights)
         call.heads += heads
-
-    def _merge(self, call: _Call, maps: TokenMaps) -> None:
-        """Enlarge a call's sums to the latent's size and add them to the maps, some tokens at a time."""
-        if not call.sums:
-            return  # the call was answered without the U-Net; nothing is counted for it
-        tile = call.rows[0].tile
-        weights = [None if r.weights is None else r.weights.to(maps.sums.device) for r in call.rows]
-        step = max(1, self.memory // 8 // (8 * len(call.rows) * tile.height * tile.width))
-        for first in range(0, call.tokens, step):
-            enlarged: Tensor | float = 0.0
-            for length, sums in call.sums.items():
-                height, width, _ = call.sizes[length]
-                part = sums[:, :, first : first + step].transpose(1, 2).unflatten(2, (height, width))
-                if (height, width) != (tile.height, tile.width):
-                    part = F.interpolate(part, (tile.height, tile.width), mode="bicubic", align_corners=False)
-                enlarged = enlarged + part
-            assert isinstance(enlarged, Tensor)
-            enlarged = enlarged / call.heads
-            for row, of_row, weight in zip(call.rows, enlarged, weights, strict=True):
-                maps.add(row.image, row.tile, of_row, first, weight)
-        for row, weight in zip(call.rows, weights, strict=True):
-            maps.add_weights(row.image, row.tile, weight)
-
-
-def head_sums(q: Tensor, k: Tensor, heads: int, memory: int) -> Tensor:
-    """softmax(q k^T / sqrt(d)), summed over heads.
-
-    Args:
-        q: (rows, queries, heads * d).
-        k: (rows, tokens, heads * d).
-        heads: number of them.
-        memory: bytes of probabilities that may exist at once.
-
-    Returns:
-        (rows, queries, tokens), float32.
-    """
-    rows, queries, channels = q.shape
-    scale = 1 / math.sqrt(channels // heads)
-    keys = k.unflatten(2, (heads, -1)).permute(0, 2, 3, 1) * scale
-    split = q.unflatten(2, (heads, -1)).transpose(1, 2)
-    step = max(1, memory // (8 * rows * heads * k.shape[1]))
-    sums = [
-        torch.softmax(split[:, :, first : first + step] @ keys, dim=-1, dtype=torch.float32).sum(dim=1)
-        for first in range(0, queries, step)
-    ]
-    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)

@@ -93,8 +93,9 @@ class Attribution:
     def of(self, images: Sequence[int], *, masked: bool = False) -> PromptAttention:
         """A recording of some images, for one run; with a mask, parts of them may not be sampled."""
         recorder = CrossAttentionRecorder(self.memory)
-        recorder.begin(gaps=masked)
-        return PromptAttention(recorder, [self._tokens[i] for i in images])
+        tokens = [self._tokens[i] for i in images]
+        recorder.begin(max(tokens), gaps=masked)
+        return PromptAttention(recorder, tokens)
 
     def keep(self, images: Sequence[int], attention: PromptAttention) -> None:
         """Keep what a run recorded of some images.

@@ -62,7 +62,7 @@ class AttributionRecord:
             SettingsError: the guider has several conditionings for the prompt, or one for a part of the image, or tiles
                 get texts of their own.
         """
-        self.recorder.begin(gaps=masked)
+        self.recorder.begin(0)
         self.latent, self._last = None, None
         conds = getattr(guider, "conds", {}).get(self.prompt, ())
         if len(conds) != 1:
@@ -81,6 +81,7 @@ class AttributionRecord:
                 "each tile gets another text. Take that node out, or set its mix to 0."
             )
         self._tokens = {cond["uuid"]: _tokens(cond) for cond in conds}
+        self.recorder.begin(max(self._tokens.values()), gaps=masked)
         with self.recorder.watching(guider.inner_model.diffusion_model):
             yield
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from faithdiff_core.attribution.head_maps import head_sums
 from faithdiff_core.attribution.maps import TokenMaps
 from faithdiff_core.attribution.overlay import attribution_sheet, heat_colors, image_maps
-from faithdiff_core.attribution.recorder import head_sums
 from faithdiff_core.attribution.words import content_tokens, split_words, word_positions
 from faithdiff_core.errors import SettingsError
 from faithdiff_core.tiling.grid import TileGrid
@@ -25,10 +25,10 @@ def test_coarser_maps_are_means_of_fine_ones(factor: int) -> None:
     whole = torch.rand(2, tokens, height, width, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         for tile in grid.tiles:
-            for first in (0, 2):  # some tokens at a time
-                maps.add(1, tile, tile.crop(whole[1, first : first + 2]), first, grid.weights(tile))
-            maps.add_weights(1, tile, grid.weights(tile))
-        maps.add(0, TileGrid(height, width, 512).tiles[0], whole[0], 0)
+            for heads in (1, 2):  # a sum over three heads, in two parts
+                maps.add(1, tile, heads * tile.crop(whole[1]), grid.weights(tile))
+            maps.add_weights(1, tile, grid.weights(tile), 3)
+        maps.add(0, TileGrid(height, width, 512).tiles[0], whole[0])
         maps.add_weights(0, TileGrid(height, width, 512).tiles[0])
     covered = F.avg_pool2d(torch.ones(1, 1, height, width), factor, ceil_mode=True, divisor_override=1)
     means = F.avg_pool2d(whole, factor, ceil_mode=True, divisor_override=1) / covered
@@ -47,11 +47,27 @@ def test_maps_need_memory_and_every_part() -> None:
         maps.mean([0])
 
 
-def test_probabilities_in_pieces_are_those_of_the_whole() -> None:
-    q, k = torch.randn(2, 50, 128), torch.randn(2, 7, 128)
-    heads = torch.softmax(q.view(2, 50, 2, 64).transpose(1, 2) @ k.view(2, 7, 2, 64).permute(0, 2, 3, 1) / 8, dim=-1)
-    for memory in (1, 5000, 2**20):
-        assert torch.allclose(head_sums(q, k, 2, memory), heads.sum(1), atol=1e-6)
+@pytest.mark.parametrize(("size", "target"), [((35, 21), (139, 82)), ((9, 17), (9, 17)), ((5, 9), (9, 17))])
+def test_heads_are_clamped_after_enlarging_in_any_parts(size: tuple[int, int], target: tuple[int, int]) -> None:
+    """Against the definition: one map for each head and token, each enlarged whole and clamped by itself."""
+    random = torch.Generator().manual_seed(0)
+    heads, tokens, length = 3, 7, size[0] * size[1]
+    q = 3 * torch.randn(length, heads * 64, generator=random)
+    k = torch.randn(tokens, heads * 64, generator=random)
+    maps = torch.softmax(q.view(-1, heads, 64).transpose(0, 1) @ k.view(tokens, heads, 64).permute(1, 2, 0) / 8, dim=-1)
+    large = F.interpolate(maps.mT.unflatten(2, size), target, mode="bicubic")
+    expected = large.clamp(min=0).sum(0)
+    if size != target:
+        assert (expected - large.sum(0)).abs().max() > 0.1  # the clamp makes a difference
+    for memory in (16 * tokens * 11**2, 16 * tokens * 35**2, 2**24):  # one head in parts of 8, of 32, all at once
+        got, count = torch.zeros(tokens, *target), torch.zeros(target)
+        for part, values in head_sums(q, k, heads, size, target, memory):
+            part.crop(got).add_(values)
+            part.crop(count).add_(1)
+        assert (count == 1).all()
+        assert torch.allclose(got, expected, atol=1e-5)
+    with pytest.raises(SettingsError, match=r"Attribution maps of 7 tokens need at least 0\.1 MiB"):
+        next(head_sums(q, k, heads, size, target, 1000))
 
 
 def test_words_are_found_in_all_chunks() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comfy_host import Host
+from support.attention import queries_of
 from support.host_sampling import Setup, gaussian, images, load
 from torch import Tensor
 
@@ -21,6 +23,13 @@ PROMPT = "a photograph of two cats near a window"
 @pytest.fixture(scope="module")
 def setup(host: Host) -> Setup:
     return load(host)
+
+
+@pytest.fixture
+def sharp(setup: Setup) -> Iterator[None]:
+    """Queries times 8: a tiny random model's attention is so even that no enlarged map is negative anywhere."""
+    with queries_of(setup.model.model.diffusion_model, 8.0):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +54,7 @@ class Captured:
 
     Attributes:
         calls: for each call, the maps of the positive rows, (rows, height, width), each layer, head and token enlarged
-            by itself. Of the class: what an object keeps from call to call, FaithDiff's tiles keep apart.
+            and clamped by itself. Of the class: what an object keeps from call to call, FaithDiff's tiles keep apart.
     """
 
     calls: ClassVar[list[Tensor]] = []
@@ -79,7 +88,7 @@ class Captured:
             )
             for head in range(heads):
                 one = probabilities[:, head].mT[:, POSITIONS].unflatten(2, (height, width))
-                self._maps.append(F.interpolate(one, self.size, mode="bicubic").mean(1))
+                self._maps.append(F.interpolate(one, self.size, mode="bicubic").clamp(min=0).mean(1))
         return plain(q, k, v, heads, *args, **kw)
 
 
@@ -89,6 +98,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
     return float((got - expected).abs().max()) < 1e-4 * float(expected.max())
 
 
+@pytest.mark.usefixtures("sharp")
 @pytest.mark.parametrize("which", ["positive", "negative", "lora"])
 def test_a_batch_in_one_piece(setup: Setup, which: str) -> None:
     """Two images, guidance, two steps; each half of the guidance, and with a LoRA."""
@@ -100,13 +110,14 @@ def test_a_batch_in_one_piece(setup: Setup, which: str) -> None:
     plain = setup.restore(features, model=captured.model, steps=2)
     assert torch.equal(latent, plain)  # recording changes nothing
     maps = record.recorder.recorded().mean(POSITIONS)
-    assert close(maps, torch.stack(captured.calls[:2]).mean(0).clamp(min=0))
+    assert close(maps, torch.stack(captured.calls[:2]).mean(0))
     if which == "positive":
         other = Captured(setup.model, (9, 17), positive=1)
         setup.restore(features, model=other.model, steps=2)
         assert not close(maps, torch.stack(other.calls).mean(0))
 
 
+@pytest.mark.usefixtures("sharp")
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m_sde", "heun"])
 def test_tiles_are_merged_with_their_weights(setup: Setup, sampler: str) -> None:
     features = setup.features(images(HEIGHT, WIDTH))
@@ -129,6 +140,7 @@ def test_tiles_are_merged_with_their_weights(setup: Setup, sampler: str) -> None
         assert close(together.recorder.recorded().mean(POSITIONS), maps)
 
 
+@pytest.mark.usefixtures("sharp")
 def test_moving_tiles(setup: Setup) -> None:
     """The tiles' places are told by the steps' own grids."""
     features = setup.features(images(HEIGHT, WIDTH))
