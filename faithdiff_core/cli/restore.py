@@ -72,17 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORDS",
         help="words of the prompt, with commas: NAME.attribution.png shows where in the image each of them acts",
     )
-    part = parser.add_argument_group("part of an image")
-    part.add_argument(
-        "--mask",
-        type=Path,
-        metavar="FILE",
-        help="an image of the same shape, white where the image is restored; the rest stays as it is. For several "
-        "images, a folder with masks of the same names",
-    )
-    part.add_argument(
-        "--feather", type=int, default=FEATHER, metavar="PX", help=f"width of the mask's soft edge ({FEATHER})"
-    )
+    add_mask_options(parser)
     method = parser.add_argument_group("method")
     tiles = parser.add_argument_group("tiles")
     for name, what in described(RestoreSettings).items():
@@ -195,6 +185,21 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return text
 
 
+def add_mask_options(parser: argparse.ArgumentParser) -> None:
+    """Which part of each image is restored."""
+    part = parser.add_argument_group("part of an image")
+    part.add_argument(
+        "--mask",
+        type=Path,
+        metavar="FILE",
+        help="an image of the same shape, white where the image is restored; the rest stays as it is. For several "
+        "images, a folder with masks of the same names",
+    )
+    part.add_argument(
+        "--feather", type=int, default=FEATHER, metavar="PX", help=f"width of the mask's soft edge ({FEATHER})"
+    )
+
+
 def add_scheduler_option(group: argparse._ArgumentGroup) -> None:
     """The scheduler, by name."""
     group.add_argument(
@@ -214,9 +219,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         FaithDiffError: bad arguments, or a model that cannot be loaded.
     """
-    if args.feather < 0:
-        raise SettingsError(f"--feather must be 0 or more, got {args.feather}.")
-    restoration = replace(read_restoration(args), feather=args.feather, attribute=_words(args.attribute))
+    restoration = replace(read_restoration(args), attribute=_words(args.attribute))
     if args.attribute and restoration.tile_captions and restoration.tile_mix:
         raise SettingsError(
             "--attribute shows words of one prompt, but with --captions tiles each tile gets another text. Leave one "
@@ -328,6 +331,8 @@ def read_restoration(args: argparse.Namespace) -> Restoration:
     Raises:
         SettingsError: a value is out of range.
     """
+    if args.feather < 0:
+        raise SettingsError(f"--feather must be 0 or more, got {args.feather}.")
     names = ("model", "faithdiff", "unet", "config", "vae", "dtype", "device", "offload", "scheduler")
     return Restoration(
         files=ModelFiles(**{name: getattr(args, name) for name in names}, loras=tuple(args.lora)),
@@ -342,6 +347,7 @@ def read_restoration(args: argparse.Namespace) -> Restoration:
         seed=args.seed,
         metadata=not args.strip_metadata,
         location=not args.strip_location,
+        feather=args.feather,
     )
 
 

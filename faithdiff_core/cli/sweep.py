@@ -27,10 +27,12 @@ from ..evaluation.tradeoff import FIDELITY, PERCEPTUAL, plot_tradeoff
 from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import left_out_note
 from ..images.geometry import target_size
+from ..images.masks import find_masks
 from ..images.names import folder_problem
 from ..images.reading import load_image
 from .jobs import attempt
 from .restore import (
+    add_mask_options,
     add_metadata_options,
     add_model_options,
     add_scheduler_option,
@@ -53,6 +55,8 @@ Every setting takes one value or several with commas between them. The settings 
 examples:
   the paper's Table 10
     python -m faithdiff_core sweep photos/ -o out --reference originals/ --steps 10,20,30,40,50 --cfg 2,5,8 --model ...
+  scratches or faces only, with a mask of each image's name
+    python -m faithdiff_core sweep photos/ -o out --mask masks/ --cfg 2,5,8 --model ...
   the paper's Table 11: what the start changes, over three seeds
     python -m faithdiff_core sweep photos/ -o out --reference originals/ --start lr,noise --seeds 3 --model ...
 
@@ -73,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lists = {"type": str, "choices": None, "metavar": "LIST"}
     add_size_options(parser, **lists)
     add_text_options(parser)
+    add_mask_options(parser)
     method, tiles = parser.add_argument_group("method"), parser.add_argument_group("tiles")
     for name, what in described(RestoreSettings).items():
         if what.group in ("method", "tiles"):
@@ -154,6 +159,7 @@ class _Sweep:
         if note := left_out_note(left_out(args.inputs, results)):
             sys.stderr.write(note + "\n")
         self.report = Report(skipped=None)
+        self.masks = {} if args.mask is None else find_masks([job.source for job in self.jobs], args.mask)
         self.good = possible(self.jobs, self.report)
         self.references = self._find_references(args.reference)
         self.failures: dict[Path, str] = {}
@@ -231,10 +237,17 @@ class _Sweep:
         return job.target.with_suffix("") / f"{file_stem(self.axes, point, seed)}.png"
 
     def _digest(self, restoration: Restoration, source: Path, content: str) -> str:
-        """Changes with anything that changes the result: input (by its digest), caption, settings, models."""
+        """Changes with anything that changes the result: input and mask (`content`), caption, settings, models."""
         text = restoration.text_for(source)
         tiles = () if text.tiles is None else (text.tiles.to_json().decode(),)
         return digest_of(restoration.digest, text.prompt, content, self._identity, *tiles)
+
+    def _input(self, source: Path) -> str:
+        """The digest of an input, and of its mask where it has one."""
+        mask = self.masks.get(source)
+        if mask is None:
+            return _content(source)
+        return digest_of(_content(source), _content(mask), str(self.base.feather))
 
     def restore(self) -> int:
         """Restore what is missing, each image at all points before the next.
@@ -251,7 +264,7 @@ class _Sweep:
                     total += 1
                     restoration, file = self._at(point, seed), self._file(job, point, seed)
                     try:
-                        content = content or _content(job.source)
+                        content = content or self._input(job.source)
                         digest = self._digest(restoration, job.source, content)
                     except (FaithDiffError, OSError) as error:
                         self.failures[file] = str(error)
@@ -264,7 +277,8 @@ class _Sweep:
         for number, (job, restoration, digest, label) in enumerate(todo, start=1):
 
             def work(job: Job, progress: Progress) -> Sequence[str]:
-                return restoration.restore(pipeline, job.source, job.target, progress, {"sweep": digest})  # noqa: B023
+                record, mask = {"sweep": digest}, self.masks.get(job.source)  # noqa: B023
+                return restoration.restore(pipeline, job.source, job.target, progress, record, mask)  # noqa: B023
 
             failed = len(self.report.failures)
             try:

@@ -100,6 +100,30 @@ def test_a_sweep_stopped_and_continued(
     assert (recipe["steps"], recipe["start"], len(recipe["sweep"])) == (2, "noise", 16)
 
 
+def test_what_a_mask_leaves_out_stays(tmp_path: Path, model: tuple[str, ...]) -> None:
+    """Results are those of `restore` with the mask; another mask makes them again."""
+    source, masks = _image(tmp_path / "a.png", 48), tmp_path / "masks"
+    masks.mkdir()
+    out = tmp_path / "out"
+    given = ["--mask", str(masks / "a.png"), "--feather", "0", "--scale", "1", "--cfg", "1"]
+    words = ["sweep", str(source), "-o", str(out), *model, *given, "--steps", "1,2", "--metrics", "blur"]
+    swept = out / "images" / "a" / "steps-2_seed-0.png"
+    for part in (np.s_[:24, :], np.s_[:, 32:]):
+        white = np.zeros((48, 48), np.uint8)
+        white[part] = 255
+        Image.fromarray(white).save(masks / "a.png")
+        assert main(words) == 0
+        alone = ["--steps", "2", "--overwrite", "-o", str(tmp_path / "one.png")]
+        assert main(["restore", str(source), *model, *given, *alone]) == 0
+        assert np.array_equal(_pixels(swept), _pixels(tmp_path / "one.png"))
+        kept = white == 0
+        assert np.array_equal(_pixels(swept)[kept], _pixels(source)[kept])
+        assert not np.array_equal(_pixels(swept)[~kept], _pixels(source)[~kept])
+    times = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
+    assert main(words) == 0
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
 def test_seeds_alone_and_another_model(tmp_path: Path, tiny_sdxl: Path, golden: Golden) -> None:
     source, adapter = _image(tmp_path / "a.png"), tmp_path / "faithdiff.safetensors"
     adapter.write_bytes(golden.model.read_bytes())
@@ -129,6 +153,7 @@ def test_seeds_alone_and_another_model(tmp_path: Path, tiny_sdxl: Path, golden: 
         (["--seeds", "2", "--metrics", "blur", "--plot", "psnr,blur"], "--plot takes two of the metrics blur"),
         (["--seeds", "2", "--crop", "1,2"], "--crop takes left,top,width,height"),
         (["--seeds", "2", "--reference", "hq.png"], "a.png becomes 48 x 48 pixels, its reference hq.png has 40 x 40"),
+        (["--seeds", "2", "--mask", "none.png"], "There is no mask none.png"),
         (["--seeds", "2", "-o", "a.png"], "a.png is a file; a sweep writes a folder"),
     ],
 )
