@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from . import (
     host,
+    rows_attribution,
     rows_core,
     rows_engine,
     rows_files,
@@ -55,6 +56,7 @@ ROWS = (
     Row(
         "peers", "beside ControlNet, ControlNet-XS and UltimateSDUpscale (Tables 7 and 8)", rows_peers.rows, "diffusers"
     ),
+    Row("attribution", "a U-Net call with its cross-attention recorded", rows_attribution.rows, "diffusers"),
     Row("tile-grid-time", "a whole restoration in moving tiles", rows_grid.time_rows, on_gpu=False),
     Row("tile-grid", "moving tiles against the published grid, on photographs", rows_grid.rows, on_gpu=False),
     Row("quantized", "errors of the U-Net in 8 bits and fewer", rows_quantized.rows, on_gpu=False),

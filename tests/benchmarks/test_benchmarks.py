@@ -154,7 +154,9 @@ def test_the_peers_cost_what_their_parts_cost() -> None:
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize("name", ["floor", "alignment", "alignment-share", "tiles", "engine", "published-loop"])
+@pytest.mark.parametrize(
+    "name", ["floor", "alignment", "alignment-share", "tiles", "engine", "published-loop", "attribution"]
+)
 def test_a_row_gives_complete_lines(name: str) -> None:
     row = next(row for row in registry.ROWS if row.name == name)
     results = list(row.run(settings()))
