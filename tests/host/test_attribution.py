@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfy_host import Host
+from safetensors.torch import save_file
 from support.attention import queries_of
-from support.host_sampling import Setup, gaussian, images, load
+from support.host_sampling import Setup, gaussian, images, load, relative
 from torch import Tensor
 
 from faithdiff_core.tiling.grid import TileGrid
@@ -166,6 +167,63 @@ def test_moving_tiles(setup: Setup) -> None:
         for tile in grid.tiles:
             tile.crop(expected).add_(next(calls)[0] * grid.weights(tile) / 2)
     assert close(record.recorder.recorded().mean(POSITIONS)[0], expected)
+
+
+@pytest.fixture(scope="module")
+def scheduled(host: Host) -> Any:
+    """HOOKS with the LoRA of TestLoRA, which a keyframe switches on halfway."""
+    save_file(host.testpack.models.lora_state(1), host.base / "models" / "loras" / "hooked.safetensors")
+    hooks = host.call("CreateHookLoraModelOnly", lora_name="hooked.safetensors", strength_model=1.0)[0]
+    frames = None
+    for strength, start in ((0.0, 0.0), (1.0, 0.5)):
+        frames = host.call("CreateHookKeyframe", strength_mult=strength, start_percent=start, prev_hook_kf=frames)[0]
+    return host.call("SetHookKeyframes", hooks=hooks, hook_kf=frames)[0]
+
+
+def sampled(setup: Setup, model: Any, conditioned: tuple[Any, Any], noise: Tensor, start: Any, sigmas: Any) -> Tensor:
+    """The stock sampler, guided."""
+    guider = setup.cfg_guider(model, *conditioned, cfg=3.0)
+    return setup.guided(guider, noise, {"samples": start}, torch.tensor(sigmas))
+
+
+@pytest.mark.usefixtures("sharp")
+@pytest.mark.parametrize("tile", [128, 64])
+def test_a_hooked_lora_that_begins_halfway(setup: Setup, scheduled: Any, tile: int) -> None:
+    """A step without and one with the LoRA: as the plain MODEL samples and records, and then the one with the LoRA.
+
+    Hooks of the positive prompt alone have the prompts predicted in calls of their own.
+    """
+    conditioned = setup.conditioned(setup.features(images(HEIGHT, WIDTH)))
+    hooked = tuple(setup.host.call("ConditioningSetProperties", cond_NEW=c, strength=1.0, set_cond_area="default",
+                                   hooks=scheduled)[0] for c in conditioned)  # fmt: skip
+    base = setup.tiled(setup.model, tile, overlap=0.25)
+    noise, nothing = gaussian(1, 4, 9, 17), torch.zeros(1, 4, 9, 17)
+    model, record = recorded(setup, base)
+    result = sampled(setup, model, hooked, noise, nothing, [14.0, 0.7, 0.0])
+    maps = record.recorder.recorded().mean(POSITIONS)
+
+    first, record = recorded(setup, base)
+    between = sampled(setup, first, conditioned, noise, nothing, [14.0, 0.7])
+    before = record.recorder.recorded().mean(POSITIONS)
+    changed = setup.host.call("TestLoRA", model=base, seed=1, strength=1.0)[0]
+    second, record = recorded(setup, changed)
+    expected = sampled(setup, second, conditioned, nothing, between, [0.7, 0.0])
+    after = record.recorder.recorded().mean(POSITIONS)
+    assert relative(result, expected) < 1e-5
+    assert close(maps, (before + after) / 2)
+    assert not close(maps, before)
+
+    captured = Captured(base, (min(tile // 8, 9), min(tile // 8, 17)))
+    model, record = recorded(setup, captured.model)
+    sampled(setup, model, (hooked[0], conditioned[1]), noise, nothing, [14.0, 0.7, 0.0])
+    grid = TileGrid(9, 17, tile, 0.25)
+    merged = torch.zeros(9, 17)
+    maps_of_tiles = torch.cat(captured.calls)
+    assert len(maps_of_tiles) == 2 * len(grid)
+    for i, one in enumerate(maps_of_tiles):
+        place = grid.tiles[i % len(grid)]
+        place.crop(merged).add_(one * grid.weights(place) / 2)
+    assert close(record.recorder.recorded().mean(POSITIONS)[0], merged)
 
 
 def test_guidance_that_asks_again_does_not_count(setup: Setup) -> None:
