@@ -42,14 +42,16 @@ def plot_tradeoff(
 
     figure = Figure(figsize=(8, 6), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    markers = itertools.cycle("os^Dv*PX")  # lines that lie on each other stay visible
+    # Hollow markers and dashes: lines that lie on each other stay visible.
+    looks = zip(itertools.cycle("os^Dv*PX"), itertools.cycle(("-", "--", ":")), strict=False)
     for heading, section in layout.sections():
         for row in layout.row_values:
             label = ", ".join(t for t in (heading, "" if layout.rows is None else layout.rows.label(row)) if t)
             found = [(layout.point(section, row, column), column) for column in layout.columns.values]
             placed = [(*means[p], c, p) for p, c in found if all(map(math.isfinite, means[p]))]
             xs, ys = [x for x, _, _, _ in placed], [y for _, y, _, _ in placed]
-            (line,) = axes.plot(xs, ys, marker=next(markers), alpha=0.8, label=label or None)
+            marker, dashes = next(looks)
+            (line,) = axes.plot(xs, ys, marker=marker, fillstyle="none", linestyle=dashes, label=label or None)
             for x, y, column, point in placed:
                 axes.annotate(shown(column), (x, y), (6, 4), textcoords="offset points", fontsize=9)
                 if point == default:
