@@ -1,16 +1,20 @@
-"""SD 2.1 (v-prediction) and SD 1.5 in ComfyUI: the engine's images, and no mixing of families."""
+"""SD 2.1 (v-prediction) and SD 1.5 in ComfyUI, with files that our trainer wrote: the engine's images, and no mixing of
+families."""
 
 from __future__ import annotations
 
 import importlib
 import shutil
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comfy_host import Host
+from PIL import Image
 from safetensors.torch import load_file
 from support.host_sampling import GivenNoise, Setup, load, relative
 from tiny_models.backbones import TinyModel
@@ -19,7 +23,12 @@ from torch import Tensor
 
 from faithdiff_core import convert, read_faithdiff, sampling_sigmas
 from faithdiff_core.backbone import SD15, SD21, Backbone
+from faithdiff_core.cli import main
 from faithdiff_core.engine import FaithDiffPipeline
+from faithdiff_core.training.config import DataConfig, StageConfig, TrainConfig
+from faithdiff_core.training.degradation import DegradationConfig
+from faithdiff_core.training.start import train
+from faithdiff_core.weights.marks import IN_WORDS
 from faithdiff_core.weights.unet_shapes import UNetConfig
 
 HEIGHT, WIDTH = 136, 200
@@ -57,10 +66,42 @@ class Loaded:
 
 
 @pytest.fixture(scope="module")
-def loaded(host: Host, tiny_backbones: dict[Backbone, TinyModel]) -> dict[Backbone, Loaded]:
-    """MODELs of the folders' own U-Nets, moved to FaithDiff's by the loader."""
+def trained(
+    tiny_backbones: dict[Backbone, TinyModel], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Backbone, TinyModel]:
+    """A step of each stage, from files whose alignment is random: that of a new one would do too little to be seen."""
+    folder = tmp_path_factory.mktemp("trained")
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    (folder / "images").mkdir()
+    for name in "ab":
+        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+        (folder / "images" / f"{name}.txt").write_text("noise")
     out = {}
     for backbone, tiny in tiny_backbones.items():
+        config = TrainConfig(
+            base=tiny.folder,
+            init=tiny.faithdiff,
+            output=folder / backbone.key,
+            data=DataConfig(folder=folder / "images", size=64, degradation=DegradationConfig(scale=2)),
+            stages=(StageConfig(1, 1, 1e-3, 1e-3, 0), StageConfig(2, 1, 1e-3, 1e-3, 0)),
+            batch=2,
+            workers=0,
+            save_precision="fp32",
+            tensorboard=False,
+        )
+        # accelerate holds one precision for a process's life.
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
+        with torch.enable_grad():
+            result = train(config)
+        out[backbone] = replace(tiny, faithdiff=next(f for f in result.files if f.name == "stage2.safetensors"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(host: Host, trained: dict[Backbone, TinyModel]) -> dict[Backbone, Loaded]:
+    """MODELs of the folders' own U-Nets, moved to FaithDiff's by the loader."""
+    out = {}
+    for backbone, tiny in trained.items():
         name = f"{backbone.key}.safetensors"
         shutil.copyfile(tiny.faithdiff, host.base / "models" / "faithdiff" / name)
         base = tiny_model(backbone, load_file(tiny.folder / "unet" / "diffusion_pytorch_model.safetensors"))
@@ -71,6 +112,20 @@ def loaded(host: Host, tiny_backbones: dict[Backbone, TinyModel]) -> dict[Backbo
 @pytest.fixture(scope="module", params=[SD21, SD15], ids=lambda b: b.key)
 def model(request: pytest.FixtureRequest, loaded: dict[Backbone, Loaded]) -> Loaded:
     return loaded[request.param]
+
+
+def test_what_was_trained(
+    tiny_backbones: dict[Backbone, TinyModel], model: Loaded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file says for which backbone and prediction it is, and all that is trained has moved."""
+    tiny = model.tiny
+    assert main(["info", str(tiny.faithdiff)]) == 0
+    assert f"backbone: {tiny.backbone.name}; predicts {IN_WORDS[tiny.prediction]}" in capsys.readouterr().out
+    before, after = (read_faithdiff(t.faithdiff) for t in (tiny_backbones[tiny.backbone], tiny))
+    assert after.parts.keys() == before.parts.keys()
+    for name, part in after.parts.items():
+        old = before.parts[name].state
+        assert any(not torch.equal(value, old[key]) for key, value in part.state.items()), name
 
 
 @torch.no_grad()
