@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = _written_out(sys.argv[1:] if arguments is None else arguments)
     _show_any_name()
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata that is not used; our notes say what is lost
     wanted = next((word for word in words if not word.startswith("-")), None)
     try:
         args = _parser(wanted).parse_args(words)

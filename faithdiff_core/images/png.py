@@ -125,32 +125,34 @@ def _unpacked(data: bytes) -> bytes | None:
 
 
 def check_complete(png: PngFile) -> None:
-    """See that all pixels are there and whole; OpenCV hands out a half-filled image where they are not.
+    """See that all pixels are there and whole; Pillow and OpenCV hand out a half-filled image where they are not.
 
     Raises:
-        ValueError: a chunk is corrupted, or pixels are missing.
+        ValueError: a chunk that the image needs is corrupted, or pixels are missing.
     """
-    unpacker, size, ended = zlib.decompressobj(), 0, False
-    for kind, start, end in _chunks(png.content):
-        if start + 12 > end or struct.unpack_from(">I", png.content, end - 4)[0] != zlib.crc32(
-            png.content[start + 4 : end - 4]
-        ):
-            raise ValueError(f"its chunk {kind!r} is corrupted")
-        if kind == b"IDAT":
-            size += _unpacked_size(unpacker, png.content[start + 8 : end - 4])
-        ended = ended or kind == b"IEND"
     wanted = sum(
         rows * (1 + (columns * _CHANNELS.get(png.color_type, 0) * png.bits + 7) // 8)
         for columns, rows in _pass_sizes(png)
         if columns and rows
     )
+    unpacker, size, ended = zlib.decompressobj(), 0, False
+    for kind, start, end in _chunks(png.content):
+        needed = kind[:1].isupper()
+        if start + 12 > end or (
+            needed and struct.unpack_from(">I", png.content, end - 4)[0] != zlib.crc32(png.content[start + 4 : end - 4])
+        ):
+            raise ValueError(f"its chunk {kind!r} is corrupted")
+        if kind == b"IDAT":
+            size += _unpacked_size(unpacker, png.content[start + 8 : end - 4], wanted - size)
+        ended = ended or kind == b"IEND"
     if size < wanted or not ended:
         raise ValueError(f"it has {size} of {wanted} bytes of pixels")
 
 
-def _unpacked_size(unpacker: zlib._Decompress, data: bytes) -> int:
+def _unpacked_size(unpacker: zlib._Decompress, data: bytes, most: int) -> int:
+    """How many bytes there are; not much more than `most` are unpacked."""
     size = 0
-    while data and not unpacker.eof:
+    while data and not unpacker.eof and size < most:
         size += len(unpacker.decompress(data, 2**24))
         data = unpacker.unconsumed_tail
     return size

@@ -16,7 +16,7 @@ from .depth import av1_or_hevc_bits, jpeg2000_bits, jxl_size_and_bits, read_netp
 from .formats import check_pixels, no_pixel_limit, open_pillow, read_content
 from .metadata import Metadata, check_metadata, pillow_metadata
 from .png import PngFile, check_complete, read_png
-from .tiff import TiffPage, check_layout, main_page, read_samples
+from .tiff import TiffPage, check_layout, check_pieces, main_page, read_samples
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +139,7 @@ def _decode(content: bytes, name: str) -> _Decoded:
         icc = png.icc
         if png.bad_profile:
             notes.append("its colour profile is corrupted, and was left out")
+        check_complete(png)
         if png.bits == 16:
             values = _png_16_bit_grey(image, png) if png.color_type == 0 else _png_16_bit_colors(png, name)
             return _Decoded(values, 16, _orientation(image), icc, notes, (png.exif, png.xmp, png.dpi))
@@ -179,6 +180,7 @@ def _decode_tiff(content: bytes, name: str) -> _Decoded:
     if page.needs_own_reader:
         values, more = read_samples(content, page, name)
         return _Decoded(values, page.bits, page.orientation, page.icc, notes + more, about)
+    check_pieces(page)
     image = _open_tiff(content, page, name)
     return _decode_pillow(image, name, page.icc, notes, about)
 
@@ -325,7 +327,6 @@ def _png_16_bit_colors(png: PngFile, name: str) -> np.ndarray:
         ) from error
     import numpy as np
 
-    check_complete(png)
     values = cv2.imdecode(np.frombuffer(png.content, dtype=np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.shape[:2] != (png.height, png.width) or values.ndim != 3:
         raise ValueError("its pixels cannot be decoded")

@@ -39,6 +39,8 @@ _PHOTOMETRIC_NAMES = {
     9: "ICCLab", 10: "ITULab", 32803: "raw sensor data", 34892: "raw sensor data",
 }  # fmt: skip
 _FORMAT_NAMES = {1: "", 2: "signed ", 3: "floating-point ", 5: "complex ", 6: "complex "}
+_YCBCR, _OLD_JPEG = 6, 6
+_SHORT = "its strips or tiles are shorter than their rows"
 _COMPRESSIONS = {1, 5, 8, 32773, 32946, 34925, 50000}
 """None, LZW, deflate (two numbers), PackBits, LZMA and Zstandard: those that unpack to the samples' own bytes."""
 
@@ -133,6 +135,26 @@ class TiffPage:
         plain = self.number(_PHOTOMETRIC, -1) in (0, 1, 2) and self.number(_COMPRESSION, 1) in _COMPRESSIONS
         return self.bits == 16 or (self.bits == 8 and self.samples > 1 and special and plain)
 
+    def pieces(self, listed: int) -> list[tuple[int, int]]:
+        """(columns, rows) of each strip or tile of a plane.
+
+        Args:
+            listed: number of strips or tiles that the file lists for it.
+
+        Raises:
+            ValueError: more are needed to cover the image.
+        """
+        width, height = self.size
+        tiled = _TILE_OFFSETS in self.tags
+        columns = max(1, self.number(_TILE_WIDTH)) if tiled else width
+        rows = max(1, self.number(_TILE_LENGTH) if tiled else min(self.number(_ROWS_PER_STRIP, height), height))
+        needed = -(-width // columns) * -(-height // rows)
+        if listed < needed:
+            raise ValueError(f"it has {listed} strips or tiles, {needed} are needed")
+        if tiled:
+            return [(columns, rows)] * needed
+        return [(columns, min(rows, height - rows * strip)) for strip in range(needed)]
+
     def alone(self, content: bytes) -> bytes:
         """The file with this page as its first."""
         if not self.offset:
@@ -205,6 +227,26 @@ def check_layout(page: TiffPage, name: str) -> None:
             f"{name} is a TIFF of a layout that is not supported: {page.describe()}. Save it with 8 or 16 bits "
             f"(unsigned) per channel."
         )
+
+
+def check_pieces(page: TiffPage) -> None:
+    """See that strips or tiles cover the image; Pillow fills in black, or other bytes of the file, where they do not.
+
+    Raises:
+        ValueError: there are too few, or uncompressed ones are shorter than their rows.
+    """
+    compression = page.number(_COMPRESSION, 1)
+    if compression == _OLD_JPEG:
+        return  # lies in one piece, perhaps elsewhere
+    tiled = _TILE_OFFSETS in page.tags
+    planes = page.samples if page.number(_PLANAR, 1) == 2 else 1
+    pieces = page.pieces(len(page.numbers(_TILE_OFFSETS if tiled else _STRIP_OFFSETS)) // planes) * planes
+    counts = page.numbers(_TILE_COUNTS if tiled else _STRIP_COUNTS)
+    if compression != 1 or page.number(_PHOTOMETRIC, -1) == _YCBCR or not any(counts):
+        return
+    bits = page.bits * page.samples // planes
+    if any(count < -(-columns * bits // 8) * rows for count, (columns, rows) in zip(counts, pieces, strict=False)):
+        raise ValueError(_SHORT)
 
 
 def read_samples(content: bytes, page: TiffPage, name: str) -> tuple[np.ndarray, list[str]]:
@@ -307,21 +349,19 @@ def _unpacked(chunks: Sequence[bytes], page: TiffPage, samples: int) -> np.ndarr
         _SAMPLES: (1,), _PLANAR: (1,),
     }  # fmt: skip
     where, sizes = _STRIP_OFFSETS, _STRIP_COUNTS
+    pieces = page.pieces(len(chunks))
+    if len(chunks) > len(pieces):
+        raise ValueError(f"it has {len(chunks)} strips or tiles, {len(pieces)} are needed")
+    columns, rows = pieces[0]
     if _TILE_OFFSETS in page.tags:
         where, sizes = _TILE_OFFSETS, _TILE_COUNTS
-        tags[_TILE_WIDTH] = (page.number(_TILE_WIDTH) * scale,)
-        tags[_TILE_LENGTH] = (page.number(_TILE_LENGTH),)
-        expected = -(-width // max(1, page.number(_TILE_WIDTH))) * -(-height // max(1, page.number(_TILE_LENGTH)))
-        least = [tags[_TILE_WIDTH][0] * tags[_TILE_LENGTH][0]] * expected
+        tags[_TILE_WIDTH], tags[_TILE_LENGTH] = (columns * scale,), (rows,)
     else:
-        rows = min(page.number(_ROWS_PER_STRIP, height), height)
         tags[_ROWS_PER_STRIP] = (rows,)
-        expected = -(-height // max(1, rows))
-        least = [min(rows, height - rows * strip) * width * scale for strip in range(expected)]
-    if len(chunks) != expected:
-        raise ValueError(f"it has {len(chunks)} strips or tiles, {expected} are needed")
-    if compression == 1 and any(len(chunk) < size for chunk, size in zip(chunks, least, strict=True)):
-        raise ValueError("its strips or tiles are shorter than their rows")
+    if compression == 1 and any(
+        len(chunk) < columns * scale * rows for chunk, (columns, rows) in zip(chunks, pieces, strict=True)
+    ):
+        raise ValueError(_SHORT)
     tags[where] = tags[sizes] = (0,) * len(chunks)
     start = len(_tiff(tags))
     ends = np.cumsum([0, *(len(chunk) for chunk in chunks)]) + start

@@ -168,9 +168,10 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _png(values: np.ndarray, color_type: int, transparent: tuple[int, ...] = ()) -> bytes:
-    """A 16-bit PNG without filters."""
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, color_type, 0, 0, 0)
+    """A PNG of 8 or 16 bits without filters."""
+    bits = 8 * values.dtype.itemsize
+    rows = b"".join(b"\0" + row.astype(values.dtype.newbyteorder(">")).tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, color_type, 0, 0, 0)
     trns = _chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b""
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -205,9 +206,10 @@ class TestPng:
         assert (loaded.icc, loaded.notes) == (profile, ())
         assert np.array_equal((_colors(loaded) * 255).round(), values)
 
-    @pytest.mark.parametrize("color_type", [2, 4, 6])
-    def test_half_of_16_bit_colours_is_an_error(self, color_type: int) -> None:
-        values = _noise(40, 30, {2: 3, 4: 2, 6: 4}[color_type], dtype=np.uint16)
+    @pytest.mark.parametrize("color_type", [0, 2, 4, 6])
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_half_of_the_pixels_is_an_error(self, color_type: int, dtype: type) -> None:
+        values = _noise(40, 30, {0: 1, 2: 3, 4: 2, 6: 4}[color_type], dtype=dtype)
         whole = _png(values, color_type)
         short = _png(values[:20], color_type)
         wrong_height = whole[:33] + short[33:]  # an image of 40 rows with the pixels of 20

@@ -164,21 +164,29 @@ def test_thumbnails_alone_are_a_raw_file() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib", "predictor": True}, {"tile": (16, 16)}], ids=str)
 @pytest.mark.parametrize("planes", ["contig", "separate"])
-def test_no_pixels_are_made_up(options: dict[str, Any], planes: str) -> None:
-    """A file without its end, or with strips shorter than its rows, gives an error and no half-filled image."""
-    values = _counts(RGB, 16)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_no_pixels_are_made_up(options: dict[str, Any], planes: str, bits: int) -> None:
+    """A file without its end, with strips shorter than its rows or too few gives an error and no half-filled image."""
+    values = _counts(RGB, bits)
     stored = np.moveaxis(values, -1, 0) if planes == "separate" else values
     content = _written(stored, photometric="rgb", planarconfig=planes, **options)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
         page = file.pages[0]
         offsets, counts = page.dataoffsets, page.databytecounts
         lists = [tag for tag in page.tags.values() if tag.code in (279, 325)]
+        heights = [tag for tag in page.tags.values() if tag.code == 257]
     with pytest.raises(ImageError, match="corrupted or truncated"):
-        decode_image(content[: offsets[-1] + counts[-1] - 40], "a.tif")
+        decode_image(content[: offsets[-1] + 8], "a.tif")
     short = bytearray(content)
     struct.pack_into("<I" if lists[0].dtype == 4 else "<H", short, lists[0].valueoffset, counts[0] // 2)
     with pytest.raises(ImageError, match="corrupted or truncated"):
         decode_image(bytes(short), "a.tif")
+    for height in (4 * H, 5_000_000):
+        few = bytearray(content)
+        few[heights[0].offset + 2] = 4  # of 32 bits
+        struct.pack_into("<I", few, heights[0].valueoffset, height)
+        with pytest.raises(ImageError, match=r"are needed|shorter than their rows"):
+            decode_image(bytes(few), "a.tif")
 
 
 def test_directories_in_a_circle_end() -> None:
