@@ -11,7 +11,7 @@ from ..atomic import write_atomically
 from ..cli import EXIT_FAILED
 from ..errors import SettingsError
 from ..evaluation.metrics import FULL_REFERENCE, NO_REFERENCE, PRESETS, metric_names
-from ..evaluation.scores import as_json, comparison, evaluate_folders, table, write_csv
+from ..evaluation.scores import as_json, comparison, evaluate_folders, skipped, table, write_csv
 from ..images.names import folder_problem
 
 
@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise SettingsError(f"{option} {path}: {problem}")
     names = metric_names(names, args.channel)
     found = evaluate_folders(args.results, args.reference, names, args.device, args.border)
+    sys.stderr.writelines(f"{line}\n" for line in skipped(args.results, args.reference))
     evaluations = {str(folder): evaluation for folder, evaluation in zip(args.results, found, strict=True)}
     sys.stdout.write(table(found[0]) if len(found) == 1 else comparison(evaluations))
     if args.csv is not None:

@@ -15,12 +15,15 @@ import numpy as np
 
 from ..atomic import write_atomically
 from ..errors import ImageError, SettingsError
-from ..images.formats import list_folder, read_suffixes
+from ..images.formats import list_folder, named_files, read_suffixes
 from ..images.reading import load_image
 from .metrics import ImageArray, Metric, available_metrics, lower_is_better, needs_reference
 
 CONFIDENCE = 0.95
 """Of the intervals around means."""
+
+MAX_NAMED = 5
+"""How many files a message names."""
 
 
 @dataclass(frozen=True)
@@ -166,16 +169,33 @@ def image_files(path: Path) -> dict[str, Path]:
     """Images of a folder by their names in it, without endings; or a single image by its stem.
 
     Raises:
-        ImageError: there is no such folder, or no image in it.
+        ImageError: there is no such folder, no image in it, or two of the same name.
     """
     if path.is_file():
         return {path.stem: path}
     if not path.is_dir():
         raise ImageError(f"There is no file or folder {path}. Check the name.")
-    files = {str(f.relative_to(path).with_suffix("")): f for f in list_folder(path).files}
-    if not files:
-        raise ImageError(f"The folder {path} has no images ({', '.join(read_suffixes())}).")
-    return files
+    listed = list_folder(path)
+    if not listed.files:
+        raise ImageError(
+            f"The folder {path} has no images ({', '.join(read_suffixes())}).{' ' * bool(listed.note)}{listed.note}"
+        )
+    return named_files(path, listed.files)
+
+
+def skipped(folders: Sequence[Path], reference: Path | None) -> list[str]:
+    """In words, which files take no part in a comparison: formats that are not read, references without a result."""
+    both = [*folders, *([] if reference is None else [reference])]
+    lines = [f"{folder}: {note}" for folder in both if folder.is_dir() and (note := list_folder(folder).note)]
+    if reference is None or not reference.is_dir():
+        return lines
+    truths = image_files(reference)
+    for folder in folders:
+        unused = sorted(truths.keys() - image_files(folder).keys())
+        if unused:
+            more = ", ..." if len(unused) > MAX_NAMED else ""
+            lines.append(f"{folder}: no result for {len(unused)} reference(s): {', '.join(unused[:MAX_NAMED])}{more}")
+    return lines
 
 
 def _pairs(results: Path, reference: Path | None) -> dict[str, tuple[Path, Path | None]]:
@@ -188,7 +208,7 @@ def _pairs(results: Path, reference: Path | None) -> dict[str, tuple[Path, Path 
     lost = [name for name in found if name not in truths]
     if lost:
         raise ImageError(
-            f"{len(lost)} of {len(found)} results have no reference in {reference}: {', '.join(lost[:5])}."
+            f"{len(lost)} of {len(found)} results have no reference in {reference}: {', '.join(lost[:MAX_NAMED])}."
         )
     return {name: (file, truths[name]) for name, file in found.items()}
 

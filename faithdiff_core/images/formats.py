@@ -118,6 +118,24 @@ def list_folder(folder: Path) -> ImageFolder:
     return ImageFolder(found[True], found[False])
 
 
+def named_files(folder: Path, files: Iterable[Path]) -> dict[str, Path]:
+    """Files by their names in a folder, without endings.
+
+    Raises:
+        ImageError: two have the same name, so that which one is meant is unknown.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        name = str(file.relative_to(folder).with_suffix(""))
+        if name in found:
+            raise ImageError(
+                f"{found[name]} and {file} have the same name but for their endings, and one of them is meant. Remove "
+                f"or rename the other."
+            )
+        found[name] = file
+    return found
+
+
 def is_readable(name: str) -> bool | None:
     """Whether a file in a folder is an image that is read, by its name; None if it is no image, or hidden."""
     suffix = Path(name).suffix.lower()

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import ImageError, SettingsError
-from .formats import list_folder
+from .formats import list_folder, named_files
 from .reading import load_image
 
 SHAPE_TOLERANCE = 0.02
@@ -26,6 +26,7 @@ def find_masks(images: Sequence[Path], masks: Path) -> dict[Path, Path]:
 
     Raises:
         SettingsError: an image has no mask, or one would serve several images.
+        ImageError: two masks have the same name.
     """
     if not masks.is_dir():
         if len(images) > 1:
@@ -36,7 +37,7 @@ def find_masks(images: Sequence[Path], masks: Path) -> dict[Path, Path]:
         if not os.path.exists(masks):
             raise SettingsError(f"There is no mask {masks}.")
         return dict.fromkeys(images, masks)
-    found = {file.relative_to(masks).with_suffix("").parts: file for file in list_folder(masks).files}
+    found = {Path(name).parts: file for name, file in named_files(masks, list_folder(masks).files).items()}
     longest = max((len(parts) for parts in found), default=0)
     chosen: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from ..captions.files import caption_text
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
-from ..images.formats import list_folder, read_suffixes
+from ..images.formats import list_folder, named_files, read_suffixes
 from ..images.reading import decode_image, load_image
 from .config import DataConfig, EnlargeMode
 from .degradation import to_image
@@ -107,6 +108,15 @@ def _size_and_time(file: Path) -> list[int] | None:
     return [found.st_size, found.st_mtime_ns]
 
 
+def _content(file: Path) -> str:
+    try:
+        return caption_text(file.read_bytes(), str(file))
+    except SettingsError as error:
+        raise ImageError(str(error)) from error
+    except OSError as error:
+        raise ImageError(f"{file} cannot be read: {error.strerror or error}.") from error
+
+
 class FolderSource:
     """Images in a folder, with captions and perhaps low-quality partners beside them.
 
@@ -122,7 +132,7 @@ class FolderSource:
         self.files = list_images(config.folder)
         self.partners: dict[str, Path] | None = None
         if config.lq_folder is not None:
-            self.partners = {self._stem(f, config.lq_folder): f for f in list_images(config.lq_folder)}
+            self.partners = named_files(config.lq_folder, list_images(config.lq_folder))
             stems = {self._stem(f, config.folder) for f in self.files}
             extra = sorted(self.partners.keys() - stems)
             if extra:
@@ -166,7 +176,7 @@ class FolderSource:
     def read(self, index: int) -> Sample:
         try:
             return self._read(self.files[index])
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise ImageError(f"{self.files[index]} or what belongs to it cannot be read: {error}") from error
 
     def _read(self, file: Path) -> Sample:
@@ -190,11 +200,12 @@ class FolderSource:
             return ""
         text, data = file.with_suffix(".txt"), file.with_suffix(".json")
         if kind in ("auto", "text") and text.is_file():
-            return text.read_text(encoding="utf-8-sig").strip()
+            return _content(text)
         if kind in ("auto", "json") and data.is_file():
+            content = _content(data)
             try:
-                caption = json.loads(data.read_text(encoding="utf-8-sig"))["caption"]
-            except (ValueError, KeyError, TypeError) as error:
+                caption = json.loads(content)["caption"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ImageError(f'{data} has no caption: expected {{"caption": "..."}} ({error!r})') from error
             if not isinstance(caption, str):
                 raise ImageError(f"{data}: the caption is a {type(caption).__name__}, expected text")

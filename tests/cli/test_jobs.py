@@ -61,15 +61,25 @@ def test_evaluate_goes_on_after_a_bad_image(tmp_path: Path, capsys: pytest.Captu
         _image(tmp_path / folder / "small.png", 5)
     (tmp_path / "result" / "b.png").write_bytes(b"no image")
     _image(tmp_path / "truth" / "b.png")
+    _image(tmp_path / "truth" / "unused.png")
+    for folder in ("result", "truth"):
+        (tmp_path / folder / "raw.cr2").write_bytes(b"x")
     words = ["evaluate", str(tmp_path / "result"), "--reference", str(tmp_path / "truth"), "--metrics", "psnr,ssim"]
     assert main(words) == 1
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    for folder in ("result", "truth"):
+        assert f"{tmp_path / folder}: left out 1 file(s) of formats that are not read (.cr2)." in err
+    assert f"{tmp_path / 'result'}: no result for 1 reference(s): unused" in err
     assert "| a | inf | 1.0000 |" in out
     assert "failed: b: b.png is not an image that can be read" in out
     assert "failed: small: ssim needs images of at least 11 x 11 pixels, got 5 x 5" in out
     (tmp_path / "file").touch()
     assert main([*words, "--csv", str(tmp_path / "file" / "x" / "s.csv")]) == 2
     assert "cannot be made" in capsys.readouterr().err
+    _image(tmp_path / "truth" / "a.webp")
+    assert main(words) == 1
+    assert "a.png and" in (err := capsys.readouterr().err)
+    assert "a.webp have the same name but for their endings" in err
 
 
 @pytest.mark.parametrize("error", [ValueError("odd"), RuntimeError("odd"), ZeroDivisionError("odd"), KeyError("odd")])

@@ -399,6 +399,31 @@ def test_bad_entries_are_skipped_and_counted(spoilt: Path, caplog: pytest.LogCap
     assert usable_entries(open_source(unchecked), unchecked) == [0, 2, 4, 5]
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("5.txt", b"gr\xfc\xdfe", "5.txt is not UTF-8 text"),
+        ("5.txt", "ein Käse".encode("utf-16"), "5.txt is not UTF-8 text"),
+        ("5.json", b'{"caption": "gr\xfc\xdfe"}', "5.json is not UTF-8 text"),
+        ("5.json", b"[" * 100_000, "5.json has no caption"),
+    ],
+)
+def test_captions_that_cannot_be_read_are_named(
+    images: Path, tmp_path: Path, name: str, content: bytes, said: str, check: bool
+) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    for ending in ("txt", "json"):
+        (folder / f"5.{ending}").unlink(missing_ok=True)
+    (folder / name).write_bytes(content)
+    config = DataConfig(folder=folder, size=SIZE, check=check)
+    with pytest.raises(ImageError, match=said):
+        usable_entries(open_source(config), config)
+    skipping = dataclasses.replace(config, on_bad="skip")
+    assert usable_entries(open_source(skipping), skipping) == [0, 1, 2, 3, 4]
+
+
 def test_pairs_that_do_not_match_are_named(images: Path, tmp_path: Path) -> None:
     partners = tmp_path / "lq"
     partners.mkdir()
@@ -414,6 +439,9 @@ def test_pairs_that_do_not_match_are_named(images: Path, tmp_path: Path) -> None
     assert "61 x 50 do not match" in text
     Image.new("RGB", (60, 50)).save(partners / "lonely.png")
     with pytest.raises(ImageError, match=r"lonely.png has no partner"):
+        open_source(config)
+    Image.new("RGB", (60, 50)).save(partners / "1.webp")
+    with pytest.raises(ImageError, match=r"1.png and .*1.webp have the same name"):
         open_source(config)
 
 
