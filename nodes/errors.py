@@ -27,7 +27,8 @@ def named_errors(
     @wraps(execute)
     def named(cls: Any, /, *args: P.args, **kwargs: P.kwargs) -> io.NodeOutput:
         try:
-            check_inputs(cls.define_schema(), {**dict(zip(names, args, strict=False)), **kwargs})
+            validated = signature(cls.validate_inputs).parameters
+            check_inputs(cls.define_schema(), {**dict(zip(names, args, strict=False)), **kwargs}, validated)
             return execute(cls, *args, **kwargs)
         except FaithDiffError as error:
             raise type(error)(f"{cls.define_schema().display_name}: {error}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ...faithdiff_core.images.region import mask_for
 from ...faithdiff_core.tiling.layout import TileLayout
 from .graph_types import AdapterModels, ImageSource, LQFeatures, LQFrame
 
-_LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "IMAGE": ("an IMAGE (such as Load Image gives)", lambda x: isinstance(x, Tensor)),
     "MASK": ("a MASK", lambda x: isinstance(x, Tensor)),
     "LATENT": (
@@ -27,27 +28,48 @@ _LINKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "VAE": ("a VAE", lambda x: hasattr(x, "first_stage_model")),
     "CONDITIONING": (
         "CONDITIONING (such as CLIP Text Encode gives)",
-        lambda x: isinstance(x, list) and all(isinstance(entry, (list, tuple)) and len(entry) == 2 for entry in x),
+        lambda x: isinstance(x, list) and all(_is_conditioning_entry(entry) for entry in x),
     ),
+    "CLIP": ("a CLIP", lambda x: hasattr(x, "tokenize") and hasattr(x, "encode_from_tokens")),
     "NOISE": ("NOISE", lambda x: hasattr(x, "generate_noise")),
     "FAITHDIFF": ("FAITHDIFF from FaithDiff Model Loader", lambda x: isinstance(x, AdapterModels)),
     "LQ_FEATURES": ("LQ_FEATURES from FaithDiff LQ Encode", lambda x: isinstance(x, LQFeatures)),
     "TILE_LAYOUT": ("the layout from FaithDiff Tile Captions", lambda x: isinstance(x, TileLayout)),
     "LQ_FRAME": ("the frame from FaithDiff Prepare Image", lambda x: isinstance(x, LQFrame)),
     "IMAGE_SOURCE": ("the source from FaithDiff Load Image", lambda x: isinstance(x, ImageSource)),
+    "FAITHDIFF_ATTRIBUTION": (
+        "the record from FaithDiff Attribution Record",
+        lambda x: hasattr(x, "recorder") and hasattr(x, "check_latent"),
+    ),
+    "INT": ("a whole number", lambda x: isinstance(x, Integral)),
+    "FLOAT": ("a number", lambda x: isinstance(x, Real)),
+    "STRING": ("a text", lambda x: isinstance(x, str)),
+    "BOOLEAN": ("true or false", lambda x: isinstance(x, Integral)),
+    "COMBO": ("the name of a choice", lambda x: isinstance(x, str)),
 }
-"""Types of links, what to call them, and how to know them."""
+"""Types of inputs, what to call them, and how to know them; numbers and texts may come through links, too."""
+
+_MOST_CHOICES = 12
+"""Longer lists of choices are not written out in messages."""
 
 
-def check_inputs(schema: io.Schema, values: Mapping[str, Any]) -> None:
+def _is_conditioning_entry(entry: Any) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    return isinstance(entry[0], Tensor) and isinstance(entry[1], dict)
+
+
+def check_inputs(schema: io.Schema, values: Mapping[str, Any], validated: Container[str] = ()) -> None:
     """Look at a node's values before it works with them; ComfyUI lets some wrong ones through.
 
     Args:
         schema: of the node.
         values: its arguments by name.
+        validated: inputs whose choices the node looks at by itself.
 
     Raises:
-        SettingsError: a link carries another type or nothing, leads to no input of the node, or a number is not finite.
+        SettingsError: a link carries another type or nothing, leads to no input of the node, a number is not finite, or
+            a text is none of the choices.
         ImageError: an image or mask is empty, or an image, mask or latent has values that are not finite.
     """
     known = [entry.id for entry in schema.inputs or []]
@@ -60,14 +82,16 @@ def check_inputs(schema: io.Schema, values: Mapping[str, Any]) -> None:
             continue
         for value in given if schema.is_input_list and isinstance(given, list) else [given]:
             _check_value(entry.id, str(entry.get_io_type()), value)
+            if isinstance(entry, io.Combo.Input) and entry.id not in validated:
+                _check_choice(entry.id, list(entry.options or []), value)
 
 
 def _check_value(name: str, kind: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingsError(f"{name} must be a finite number, got {value}.")
-    if kind not in _LINKS:
+    if kind not in _TYPES:
         return
-    expected, fits = _LINKS[kind]
+    expected, fits = _TYPES[kind]
     if value is None or not fits(value):
         got = "nothing" if value is None else f"a value of the type {type(value).__name__}"
         raise SettingsError(f"{name}: expected {expected}, got {got}. Check the link to this input.")
@@ -78,6 +102,12 @@ def _check_value(name: str, kind: str, value: Any) -> None:
             f"{name} has values that are NaN or infinite. The node that it comes from went wrong; a VAE that overflows "
             "in half precision does so."
         )
+
+
+def _check_choice(name: str, options: list[Any], value: Any) -> None:
+    if value not in options:
+        choices = f"one of {', '.join(map(str, options))}" if len(options) <= _MOST_CHOICES else "one of its choices"
+        raise SettingsError(f"{name}: expected {choices}, got {value!r}. Check the link to this input.")
 
 
 def _check_pixels(values: Tensor, name: str) -> None:

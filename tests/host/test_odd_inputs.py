@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +35,26 @@ def _prepare(host: Host, image: Any, **changes: Any) -> Any:
 def test_prepare_refuses_by_name(host: Host, image: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _prepare(host, image)
+
+
+def test_every_input_of_every_node_refuses_other_types(host: Host) -> None:
+    """What links of other packs can bring: the error names the node, the input, and what was expected and came."""
+    tried = 0
+    for node in sorted(name for name in host.node_ids if name.startswith("FaithDiff")):
+        schema, own = host.node_class(node).define_schema(), signature(host.node_class(node).validate_inputs).parameters
+        for entry in schema.inputs or []:
+            kind = str(entry.get_io_type())
+            wrong: list[Any] = [object(), *([] if entry.optional else [None])]
+            if kind == "COMBO" and entry.id not in own:
+                wrong.append("none of the choices")
+            if kind == "IMAGECOMPARE":  # no input of values: where the page shows the images
+                continue
+            for value in wrong:
+                message = rf"^{re.escape(schema.display_name)}: {entry.id}: expected .*, got .*Check the link"
+                with pytest.raises(ValueError, match=message):
+                    host.call(node, **{entry.id: [value] if schema.is_input_list else value})
+                tried += 1
+    assert tried > 200
 
 
 def test_numbers_must_be_finite(host: Host) -> None:
