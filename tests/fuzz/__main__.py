@@ -4,38 +4,55 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Sequence
 
 from fuzz.watched import Watched
 
-PAIRS = (("fuzz_weights", "fuzz_images"), ("fuzz_prompts", "fuzz_configurations"))
-"""Those of a pair run at the same time, one on each core."""
+LANES = (
+    (("fuzz_weights", 1.0),),
+    (("fuzz_images", 0.3), ("fuzz_prompts", 0.6), ("fuzz_configurations", 0.1)),
+)
+"""For each core, fuzzers one after the other with their shares of the time. A weights file goes through five commands
+and takes the longest."""
+
+REPORT_SECONDS = 60
 
 
 def main() -> int:
-    """Print every failure as it is found. Returns 1 if there was one."""
+    """Print every failure as it is found, and the numbers of cases every minute. Returns 1 if there was a failure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="such as fuzz_weights")
     args = parser.parse_args()
-    pairs = [[name for name in pair if not args.only or name in args.only] for pair in PAIRS]
-    pairs = [pair for pair in pairs if pair]
-    failures = 0
-    for pair in pairs:
-        runs = [Watched(name, args.seed, args.minutes * 60 / len(pairs)) for name in pair]
-        with ThreadPoolExecutor(len(runs)) as pool:
-            list(pool.map(_report, runs))
-        for run in runs:
-            sys.stdout.write(f"{run.name}: {run.cases} cases, {len(run.failures)} failures\n")
-            failures += len(run.failures)
-    return 1 if failures else 0
+    lanes = []
+    for shares in LANES:
+        chosen = [(name, share) for name, share in shares if not args.only or name in args.only]
+        whole = sum(share for _, share in chosen)
+        lanes.append([Watched(name, args.seed, args.minutes * 60 * share / whole) for name, share in chosen])
+    threads = [threading.Thread(target=_run, args=(lane,)) for lane in lanes if lane]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(REPORT_SECONDS)
+            _write(", ".join(f"{run.name}: {run.cases}" for lane in lanes for run in lane if run.cases))
+    runs = [run for lane in lanes for run in lane]
+    for run in runs:
+        _write(f"{run.name}: {run.cases} cases, {len(run.failures)} failures")
+    return 1 if any(run.failures for run in runs) else 0
 
 
-def _report(run: Watched) -> None:
-    for failure in run.watch():
-        sys.stdout.write(f"{failure.case}: {failure.what}\n")
-        sys.stdout.flush()
+def _run(lane: Sequence[Watched]) -> None:
+    for run in lane:
+        for failure in run.watch():
+            _write(f"{failure.case}: {failure.what}")
+
+
+def _write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

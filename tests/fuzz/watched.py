@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from fuzz.failure import CASE_SECONDS, Failure
+import psutil
 
-SILENCE = 4 * CASE_SECONDS
-"""Seconds after which a process that begins no new case hangs in code that no alarm reaches; a case has several
+from fuzz.failure import CASE_SECONDS, WAIT_SECONDS, Failure
+
+SILENCE = 5 * CASE_SECONDS
+"""Processor time after which a process that begins no new case hangs in code that no alarm reaches; a case has several
 operations, each with limits of its own."""
+
+LONG_SILENCE = 5 * WAIT_SECONDS
+"""The same by the clock, for a process that waits."""
 
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -57,8 +62,8 @@ class Watched:
         there.close()
         try:
             while True:
-                if not here.poll(SILENCE):
-                    yield Failure(f"{self.name} {self.seed} {self.cases - 1}", f"nothing for {SILENCE} s: killed")
+                if not _speaks(here, process.pid):
+                    yield Failure(f"{self.name} {self.seed} {self.cases - 1}", "hangs: killed")
                     return
                 message: Any = here.recv()
                 if message is None:
@@ -73,6 +78,23 @@ class Watched:
         finally:
             process.kill()
             process.join()
+
+
+def _speaks(here: Connection, pid: int | None) -> bool:
+    """Whether the process sends a message, or ends, before it hangs."""
+    began, busy = time.monotonic(), _processor_time(pid)
+    while not here.poll(1.0):
+        if time.monotonic() - began > LONG_SILENCE or _processor_time(pid) - busy > SILENCE:
+            return False
+    return True
+
+
+def _processor_time(pid: int | None) -> float:
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _work(name: str, seed: int, seconds: float, start: int, to: Connection) -> None:
