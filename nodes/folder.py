@@ -12,7 +12,7 @@ from .bridge.lq_conditioning import Conditioning
 from .bridge.sampling_run import Tiling
 from .errors import complaint, named_errors
 from .image_files import KEEP_LOCATION_TOOLTIP, KEEP_METADATA_TOOLTIP
-from .inputs import CATEGORY, check_tiles, setting_input
+from .inputs import CATEGORY, setting_input
 from .prepare_finish import FaithDiffFinishImage, FaithDiffPrepareImage
 from .sampler import FaithDiffSampler
 from .vae_decode import FaithDiffTiledVAEDecode
@@ -111,10 +111,8 @@ class FaithDiffRestoreFolder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls, folder: str | None = None, tile_size: int | None = None, overlap: float | None = None
-    ) -> bool | str:
-        return (complaint(input_folder, folder) if folder is not None else None) or check_tiles(tile_size, overlap)
+    def validate_inputs(cls, folder: str | None = None) -> bool | str:
+        return (complaint(input_folder, folder) if folder is not None else None) or True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..faithdiff_core.engine.description import default_of, described
 from ..faithdiff_core.engine.settings import LARGEST_HOST_TILE, RestoreSettings
 from ..faithdiff_core.images.region import FEATHER
-from ..faithdiff_core.tiling.grid import check_overlap, check_tile_size
+from ..faithdiff_core.tiling.grid import check_tile_size
 from .errors import complaint
 
 CATEGORY = "FaithDiff"
@@ -72,15 +72,14 @@ def mask_inputs() -> list[io.Input]:
     ]
 
 
-def check_tiles(tile_size: int | None, overlap: float | None) -> bool | str:
-    """For `validate_inputs`: the core's own checks.
+def check_tile(tile_size: int | None) -> bool | str:
+    """For `validate_inputs`: the core's own check.
 
-    Values that arrive through a link are None here, and are checked when the node runs.
+    ComfyUI shows what it says at every input that `validate_inputs` takes, so that takes the tile size alone. A value
+    that arrives through a link is None here, and is checked when the node runs.
     """
     if tile_size is not None and (message := complaint(check_tile_size, tile_size)):
         return message
     if tile_size is not None and tile_size > LARGEST_HOST_TILE:
         return f"tile_size must be at most {LARGEST_HOST_TILE} pixels, got {tile_size}."
-    if overlap is not None and (message := complaint(check_overlap, overlap)):
-        return message
     return True

@@ -10,7 +10,7 @@ from ..faithdiff_core.tiling.grid import TILE_SIZE
 from .bridge.graph_types import AdapterModels, FaithDiffType, LQFeaturesType
 from .bridge.model_loading import encode_lq
 from .errors import named_errors
-from .inputs import CATEGORY, check_tiles, setting_input
+from .inputs import CATEGORY, check_tile, setting_input
 
 
 class FaithDiffLQEncode(io.ComfyNode):
@@ -66,8 +66,8 @@ class FaithDiffLQEncode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size: int | None = None, overlap: float | None = None) -> bool | str:
-        return check_tiles(tile_size, overlap)
+    def validate_inputs(cls, tile_size: int | None = None) -> bool | str:
+        return check_tile(tile_size)
 
     @classmethod
     @named_errors

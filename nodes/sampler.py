@@ -13,7 +13,7 @@ from .bridge.restoration import PUBLISHED_SCHEDULE, SAMPLERS, SCHEDULES, restore
 from .bridge.sampling_run import Tiling
 from .bridge.tiled_prediction import tiled
 from .errors import named_errors
-from .inputs import CATEGORY, check_tiles, setting_input
+from .inputs import CATEGORY, check_tile, setting_input
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -70,8 +70,8 @@ class FaithDiffTiledDiffusion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size: int | None = None, overlap: float | None = None) -> bool | str:
-        return check_tiles(tile_size, overlap)
+    def validate_inputs(cls, tile_size: int | None = None) -> bool | str:
+        return check_tile(tile_size)
 
     @classmethod
     @named_errors
@@ -165,8 +165,8 @@ class FaithDiffSampler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size: int | None = None, overlap: float | None = None) -> bool | str:
-        return check_tiles(tile_size, overlap)
+    def validate_inputs(cls, tile_size: int | None = None) -> bool | str:
+        return check_tile(tile_size)
 
     @classmethod
     @named_errors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..faithdiff_core.images.region import FEATHER
 from .errors import named_errors
-from .inputs import CATEGORY, check_tiles, mask_inputs, setting_input
+from .inputs import CATEGORY, check_tile, mask_inputs, setting_input
 
 if TYPE_CHECKING:
     from comfy.sd import VAE
@@ -51,8 +51,8 @@ class FaithDiffTiledVAEDecode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tile_size: int | None = None, overlap: float | None = None) -> bool | str:
-        return check_tiles(tile_size, overlap)
+    def validate_inputs(cls, tile_size: int | None = None) -> bool | str:
+        return check_tile(tile_size)
 
     @classmethod
     @named_errors

@@ -54,6 +54,10 @@ def test_every_input_of_every_node_refuses_other_types(host: Host) -> None:
                 with pytest.raises(ValueError, match=message):
                     host.call(node, **{entry.id: [value] if schema.is_input_list else value})
                 tried += 1
+            if kind == "FLOAT":
+                nan = float("nan")
+                with pytest.raises(ValueError, match=f"^{schema.display_name}: {entry.id} must be a finite number"):
+                    host.call(node, **{entry.id: [nan] if schema.is_input_list else nan})
     assert tried > 200
 
 

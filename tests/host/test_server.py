@@ -57,9 +57,10 @@ def test_an_identical_prompt_comes_from_the_cache(server: Server, photograph: st
 
 def test_bad_values_are_http_400(server: Server, photograph: str) -> None:
     for values, text in (
+        ({"tile_size": 16392}, "at most 16384"),
         ({"tile_size": 63}, "nearest size that works is 64"),
         ({"tile_size": 130}, "multiple of 8"),
-        ({"overlap": 0.91}, "between 0 and 0.9"),
+        ({"overlap": 0.91}, "bigger than max of 0.9"),
         ({"scheduler": "nonsense"}, "not in list"),
         ({"start_point": "middle"}, "not in list"),
         ({"steps": 1001}, "bigger than max"),
@@ -68,7 +69,8 @@ def test_bad_values_are_http_400(server: Server, photograph: str) -> None:
             server.run(tiny(photograph, **values))
         assert rejected.value.status == 400
         errors = [e for entry in rejected.value.body["node_errors"].values() for e in entry["errors"]]
-        assert any(text in f"{e['message']} {e['details']}" for e in errors), errors
+        assert [e["extra_info"]["input_name"] for e in errors] == list(values)  # at no other input
+        assert text in f"{errors[0]['message']} {errors[0]['details']}"
 
 
 def test_cancel_then_another_prompt(server: Server, photograph: str) -> None:
