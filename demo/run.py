@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Degrade a photograph and restore it with the demo model.")
     names = {Path(name).stem: name for name in HELD_OUT}
     parser.add_argument("--model", type=Path, default=MODEL, help="diffusers folder with faithdiff.safetensors in it")
-    parser.add_argument("--photograph", choices=sorted(names), default="chelsea")
+    parser.add_argument("--photograph", choices=sorted(names), default="coffee")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the images")
     args = parser.parse_args(arguments)
     if not (args.model / FAITHDIFF).is_file():

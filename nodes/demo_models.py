@@ -31,7 +31,7 @@ class FaithDiffDemoModels(io.ComfyNode):
                 FaithDiffType.Output(display_name="faithdiff", tooltip="For FaithDiff LQ Encode."),
                 io.Image.Output(
                     display_name="sample_image",
-                    tooltip="A photograph of a cat, degraded as the model was trained for: half the size, noisy.",
+                    tooltip="A photograph of a cup of coffee, degraded as in the training: half the size, noisy.",
                 ),
             ],
         )

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "model"
 """A diffusers folder with FaithDiff's file inside, made by demo/make_model.py."""
 
-SAMPLE = DEMO_FOLDER.parents[1] / "assets" / "noisy_cat.png"
+SAMPLE = DEMO_FOLDER.parents[1] / "assets" / "noisy_coffee.png"
 """A held-out photograph, degraded as demo/degradation.yaml says; `make demo` restores it, too."""
 
 FAITHDIFF_FILE = "faithdiff.safetensors"

@@ -61,8 +61,8 @@ def test_it_beats_lanczos_as_documented(
 
 def test_the_readmes_image_is_a_degraded_photograph(photographs: dict[str, Any]) -> None:
     """New users restore it first. JPEG decoders may differ by a step."""
-    shown = np.asarray(Image.open(ROOT / "assets" / "noisy_cat.png")).astype(int)
-    assert np.abs(shown - np.asarray(photographs["chelsea"].low)).max() <= 2
+    shown = np.asarray(Image.open(ROOT / "assets" / "noisy_coffee.png")).astype(int)
+    assert np.abs(shown - np.asarray(photographs["coffee"].low)).max() <= 2
 
 
 def test_the_documented_means_are_those_of_the_table() -> None:

@@ -163,7 +163,7 @@ def test_the_workflow_needs_no_upload() -> None:
 
 
 def test_the_sample_is_the_image_of_the_readme(models: tuple[Any, ...]) -> None:
-    with Image.open(REPO / "assets" / "noisy_cat.png") as opened:
+    with Image.open(REPO / "assets" / "noisy_coffee.png") as opened:
         expected = np.asarray(opened.convert("RGB"))
     assert models[4].shape == (1, *expected.shape)
     assert models[4].dtype == torch.float32

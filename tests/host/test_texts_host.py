@@ -77,7 +77,9 @@ def test_translations_cover_the_schema_and_nothing_else(host: Host, language: st
     for node, schema in schemas.items():
         entry = translated[node]
         assert set(entry["inputs"]) == {item.id for item in schema.inputs if item.tooltip}, node
-        assert all(set(texts) == {"tooltip"} for texts in entry["inputs"].values()), node
+        assert all(set(texts) == {"name", "tooltip"} for texts in entry["inputs"].values()), node
+        # Notes, help pages and errors say the input's id, so its name has it, too.
+        assert all(item in texts["name"].lower() for item, texts in entry["inputs"].items()), node
         with_tooltip = {str(slot) for slot, item in enumerate(schema.outputs or []) if item.tooltip}
         assert set(entry.get("outputs", {})) == with_tooltip, node
 
@@ -124,7 +126,7 @@ def test_the_page_shows_help_with_its_image(browser: Page) -> None:
     deadline = time.monotonic() + 20
     while not browser.script(image) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert browser.script(image) == 600
+    assert browser.script(image) == 640
     text = browser.script('return document.querySelector(".node-help-content").innerText')
     assert "How many tiles" in text
     assert browser.script('return document.querySelectorAll(".node-help-content table").length') == 3

@@ -96,7 +96,7 @@ def write_placeholders(base: Path) -> None:
     for name in PLACEHOLDERS:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).touch()
-    shutil.copyfile(REPO / "assets" / "noisy_cat.png", base / "input" / "example.png")
+    shutil.copyfile(REPO / "assets" / "noisy_coffee.png", base / "input" / "example.png")
 
 
 def quick_demo(base: Path) -> Prompt:
