@@ -3,7 +3,7 @@
     COMFYUI_PATH=/path/to/ComfyUI python scripts/measure_nodes.py
 
 Run it after a change of a node's inputs or of a note, then `build_workflows.py`. With `--screenshots FOLDER`, it writes
-a screenshot of every workflow in both designs of nodes instead, as it opens in a window of 1600 x 1000 pixels.
+a screenshot of every workflow in both designs of nodes instead, as it opens at 1600 x 1000 and at 1920 x 1080 pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from comfy_host import NodeBox, Page, Server, find_browser, find_host, write_placeholders  # noqa: E402
+
+SIZES = ((1600, 1000), (1920, 1080))
+"""Of the page, in pixels."""
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
@@ -61,14 +64,16 @@ def _smallest(page: Page, path: Path, scratch: Path) -> list[NodeBox]:
 
 
 def screenshots(page: Page, folder: Path) -> None:
-    """Write NAME_classic.png and NAME_nodes2.png of every workflow and blueprint."""
+    """Write NAME_classic_1600.png, NAME_nodes2_1600.png and so on, of every workflow."""
     folder.mkdir(parents=True, exist_ok=True)
-    for nodes_2, ending in ((False, "classic"), (True, "nodes2")):
+    for nodes_2, design in ((False, "classic"), (True, "nodes2")):
         page.use_nodes_2(nodes_2)
         for path in WORKFLOWS:
-            page.load(path)
-            page.boxes()
-            page.screenshot(folder / f"{path.stem}_{ending}.png")
+            for width, height in SIZES:
+                page.resize(width, height)
+                page.load(path)
+                page.boxes()
+                page.screenshot(folder / f"{path.stem}_{design}_{width}.png")
 
 
 def main() -> int:

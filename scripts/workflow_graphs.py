@@ -102,7 +102,7 @@ class Graph:
 MOVING: dict[str, Any] = {"tile_grid": "moving", "overlap": 0.125}
 """A grid that moves needs no more overlap."""
 
-LOAD, PREPARE, RESTORE, FINISH = "#4a9fd0", "#c9973f", "#4fae80", "#9a7fd1"
+LOAD, PREPARE, RESTORE, FINISH, RESULT = "#4a9fd0", "#c9973f", "#4fae80", "#9a7fd1", "#c96f8b"
 """Colours of the groups."""
 
 Rows = tuple[tuple[tuple[str, ...], ...], ...]
@@ -112,17 +112,23 @@ def usual_groups(
     *,
     load: Rows = ((("about",),), (("image",), ("checkpoint", "loader")), (("files",),)),
     prepare: Rows = ((("positive",),), (("negative",),), (("prepare",), ("latent", "features"))),
-    restore: Rows = ((("sampler",),), (("tips",),)),
-    finish: Rows = ((("decode",),), (("finish",),), (("save",),), (("compare",),)),
-    load_width: int = 660,
+    restore: Rows = ((("sampler",),),),
+    finish: Rows = ((("decode",),), (("finish",),), (("tips",),)),
+    load_width: int = 600,
 ) -> tuple[Group, ...]:
-    """Load, prepare, restore, finish."""
+    """Load, prepare, restore, finish, and the result below them."""
     return (
         Group("1  Load", LOAD, load_width, load),
-        Group("2  Prepare", PREPARE, 640, prepare),
+        Group("2  Prepare", PREPARE, 600, prepare),
         Group("3  Restore", RESTORE, 320, restore),
-        Group("4  Finish", FINISH, 380, finish),
+        Group("4  Finish", FINISH, 320, finish),
+        result("5  Result", (1, 2)),
     )
+
+
+def result(title: str, below: tuple[int, int]) -> Group:
+    """The group that shows before and after, and saves: where there is room for images."""
+    return Group(title, RESULT, 0, ((("compare",), ("save",)),), below)
 
 
 def graph(name: str, nodes: dict[str, Node], groups: tuple[Group, ...] = (), *, files: bool = True) -> Graph:
@@ -169,7 +175,7 @@ def restoration() -> dict[str, Node]:
         "finish": Node(
             "FaithDiffFinishImage", {"image": Link("decode"), "frame": Link("prepare", 1), "color_fix": "adain"}
         ),
-        "save": Node("SaveImage", {"images": Link("finish"), "filename_prefix": "FaithDiff"}, height=200),
+        "save": Node("SaveImage", {"images": Link("finish"), "filename_prefix": "FaithDiff"}, height=330),
         "compare": Node(
             "FaithDiffCompare",
             {"before": Link("image"), "after": Link("finish"), "mode": "slider"},
@@ -196,16 +202,17 @@ def two_passes(name: str, nodes: dict[str, Node]) -> Graph:
         "finish_2": Node("FaithDiffFinishImage", {"image": Link("decode_2"), "frame": Link("prepare_2", 1)}),
     }
     save.inputs["images"] = compare.inputs["after"] = Link("finish_2")
-    first = usual_groups(restore=((("sampler",),),), finish=((("decode",),), (("finish",),)))
+    first = usual_groups(finish=((("decode",),), (("finish",),)))
     return graph(
         name,
         {**nodes, **second, "save": save, "compare": compare},
         (
             *first[:3],
-            replace(first[3], title="4  Finish the first pass", width=320),
-            Group("5  Prepare the second pass", PREPARE, 640, ((("prepare_2",), ("latent_2", "features_2")),)),
-            Group("6  Restore again", RESTORE, 320, ((("sampler_2",),), (("tips",),))),
-            Group("7  Finish", FINISH, 380, ((("decode_2",),), (("finish_2",),), (("save",),), (("compare",),))),
+            replace(first[3], title="4  Finish the first pass"),
+            Group("5  Prepare the second pass", PREPARE, 600, ((("prepare_2",), ("latent_2", "features_2")),)),
+            Group("6  Restore again", RESTORE, 320, ((("sampler_2",),),)),
+            Group("7  Finish", FINISH, 320, ((("decode_2",),), (("finish_2",),), (("tips",),))),
+            result("8  Result", (4, 5)),
         ),
     )
 
@@ -284,7 +291,7 @@ def faithdiff_batch_folder() -> Graph:
         "faithdiff_batch_folder",
         nodes,
         (
-            Group("1  Load", LOAD, 660, ((("about",),), (("checkpoint", "loader"),), (("files",),))),
+            Group("1  Load", LOAD, 600, ((("about",),), (("checkpoint", "loader"),), (("files",),))),
             Group("2  Prompts", PREPARE, 400, ((("positive",),), (("negative",),), (("tips",),))),
             Group("3  Restore each image, and save it", RESTORE, 420, ((("folder",),),)),
             Group("4  Report", FINISH, 380, ((("report",),),)),
@@ -304,7 +311,7 @@ def faithdiff_photograph() -> Graph:
             "source": Link("image", 2),
             "filename_prefix": "%name%",
         },
-        height=200,
+        height=330,
     )
     return graph("faithdiff_photograph", nodes)
 
@@ -429,7 +436,7 @@ def faithdiff_demo(sample: bool = True) -> Graph:
     }
     nodes["finish"].inputs["color_fix"] = settings["color_fix"]
     load = ((("about",),), (("models",),), (("own",),))
-    return graph("faithdiff_demo", nodes, usual_groups(load=load, load_width=380), files=False)
+    return graph("faithdiff_demo", nodes, usual_groups(load=load, load_width=320), files=False)
 
 
 API_GRAPHS: dict[str, Callable[[], Graph]] = {"faithdiff_demo": partial(faithdiff_demo, sample=False)}
@@ -452,7 +459,7 @@ GRAPHS: tuple[Callable[[], Graph], ...] = (
     faithdiff_masked,
     faithdiff_demo,
 )
-"""All workflows, in the order of the template browser."""
+"""All workflows. (The template browser lists them in the order in which the file system does.)"""
 
 
 @dataclass(frozen=True)
@@ -484,10 +491,9 @@ def restore_blueprint() -> Blueprint:
     nodes["prepare"].inputs = {"scale_by": 2.0}
     groups = usual_groups(
         load=((("checkpoint",),), (("loader",),)),
-        restore=((("sampler",),),),
         finish=((("decode",),), (("finish",),)),
         load_width=320,
-    )
+    )[:-1]
     return Blueprint(
         Graph("faithdiff_restore", nodes, groups),
         "Restores and enlarges an image with FaithDiff: the published settings in one node.",

@@ -1,7 +1,8 @@
 """Where a graph's nodes, groups and wires go on the canvas.
 
-Nodes stand in titled groups from left to right, each a stack of rows. Their heights are the page's own, measured by
-`measure_nodes.py`. A wire that would run behind a node takes a free lane between the rows, held by two reroutes.
+Nodes stand in titled groups from left to right, each a stack of rows; what shows the result stands below. Heights are
+the page's own, measured by `measure_nodes.py`. A wire that would run behind a node takes a free lane between the rows,
+held by two reroutes.
 """
 
 from __future__ import annotations
@@ -41,8 +42,11 @@ FIRST_SLOT, SLOT = 14, 20
 MIN_SCALE, MAX_SCALE = 0.62, 0.9
 """Limits of the zoom at opening. Below 0.57, the page leaves all text out."""
 
-VIEW = (80, 110, 1490, 690)
-"""Left, top, width and height of what the page's bars leave free of the canvas in a window of 1600 x 1000 pixels."""
+VIEW = (80, 110, 1580, 990)
+"""Left, top, right and bottom of what the page's bars leave free of the canvas in a window of 1600 x 1000 pixels."""
+
+MINIMAP = (1340, 740)
+"""Left and top of the overview and the zoom buttons, which cover the corner at the bottom right of that window."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class Group:
         colour: of the group, as CSS has it.
         width: inside, in pixels.
         rows: from top to bottom; each is a row of columns, and each column a stack of nodes' keys.
+        below: the first and the last of the groups that this one lies under, by number, or None for a group of the
+            upper row. Such a group is as wide as they are.
     """
 
     title: str
     colour: str
     width: int
     rows: tuple[tuple[tuple[str, ...], ...], ...]
+    below: tuple[int, int] | None = None
 
 
 class Box(NamedTuple):
@@ -111,9 +118,17 @@ class Layout:
         """Zoom and offset that show the whole graph, or its beginning if it is too large to be read as a whole."""
         left = min(box.left for box in self.boxes.values()) - PADDING
         top = min(box.top for box in self.boxes.values()) - TITLE - (GROUP_TITLE if self.groups else 0)
-        width = max(box.right for box in self.boxes.values()) + PADDING - left
-        height = max(box.top + box.height for box in self.boxes.values()) + PADDING - top
-        scale = round(max(MIN_SCALE, min(MAX_SCALE, VIEW[2] / width, VIEW[3] / height)), 3)
+
+        def fits(scale: float) -> bool:
+            for box in self.boxes.values():
+                right = VIEW[0] + scale * (box.right + PADDING - left)
+                bottom = VIEW[1] + scale * (box.top + box.height + PADDING - top)
+                if right > VIEW[2] or bottom > VIEW[3] or (right > MINIMAP[0] and bottom > MINIMAP[1]):
+                    return False
+            return True
+
+        steps = range(round(MAX_SCALE * 100), round(MIN_SCALE * 100), -1)
+        scale = next((step / 100 for step in steps if fits(step / 100)), MIN_SCALE)
         return {"scale": scale, "offset": [round(VIEW[0] / scale - left), round(VIEW[1] / scale - top)]}
 
 
@@ -133,26 +148,40 @@ def arrange(groups: Sequence[Group], heights: Mapping[str, int], wires: Iterable
         raise ValueError(f"The groups must hold every node once; they differ in {sorted(set(listed) ^ set(heights))}.")
     boxes: dict[str, Box] = {}
     frames: list[dict[str, object]] = []
-    left = 0
+    edges: list[tuple[int, int, int]] = []
+    next_left = 0
     for group in groups:
-        top = 0
-        for row in group.rows:
-            width = (group.width - COLUMN_GAP * (len(row) - 1)) // len(row)
-            bottom = top
-            for place, column in enumerate(row):
-                at = top
-                for key in column:
-                    boxes[key] = Box(left + place * (width + COLUMN_GAP), at + TITLE, width, heights[key])
-                    at += TITLE + heights[key] + ROW_GAP
-                bottom = max(bottom, at)
-            top = bottom
-        bounding = [left - PADDING, -GROUP_TITLE, group.width + 2 * PADDING, GROUP_TITLE + top - ROW_GAP + PADDING]
+        left, top, width = next_left, 0, group.width
+        if group.below is not None:
+            first, last = group.below
+            left, width = edges[first][0], edges[last][1] - edges[first][0]
+            top = max(bottom for _, _, bottom in edges) + GROUP_GAP + GROUP_TITLE
+        bottom = _stack(boxes, group, (left, top, width), heights)
+        bounding = [left - PADDING, top - GROUP_TITLE, width + 2 * PADDING, GROUP_TITLE + bottom - top]
         frame = {"id": len(frames) + 1, "title": group.title, "bounding": bounding, "color": group.colour}
         frames.append(frame | {"font_size": 24, "flags": {}})
-        left += group.width + 2 * PADDING + GROUP_GAP
+        edges.append((left, left + width, bottom))
+        if group.below is None:
+            next_left += group.width + 2 * PADDING + GROUP_GAP
     layout = Layout(boxes, frames)
     _Router(layout).route(wires)
     return layout
+
+
+def _stack(boxes: dict[str, Box], group: Group, place: tuple[int, int, int], heights: Mapping[str, int]) -> int:
+    """Add the boxes of a group at this left, top and width, and return the group's bottom."""
+    left, top, width = place
+    for row in group.rows:
+        column_width = (width - COLUMN_GAP * (len(row) - 1)) // len(row)
+        bottom = top
+        for number, column in enumerate(row):
+            at = top
+            for key in column:
+                boxes[key] = Box(left + number * (column_width + COLUMN_GAP), at + TITLE, column_width, heights[key])
+                at += TITLE + heights[key] + ROW_GAP
+            bottom = max(bottom, at)
+        top = bottom
+    return top - ROW_GAP + PADDING
 
 
 class _Router:
@@ -211,6 +240,13 @@ class _Router:
         walls = [_wall(box) for box in boxes if box.left < right and box.right > left]
         own = (wire.source, wire.output)
         taken = [y for y, a, b, other in self.lanes if a < right and b > left and other != own]
+        # A wire on a group's edge would look like part of it.
+        for frame in self.layout.groups:
+            x, top, width, height = cast("list[int]", frame["bounding"])
+            if x < right and x + width > left:
+                taken += [top, top + height]
+                if top > 0:
+                    walls.append((top, top + GROUP_TITLE))
 
         def free(y: float) -> bool:
             if any(top < y < bottom for top, bottom in walls) or any(abs(y - t) < LANE for t in taken):
@@ -223,11 +259,11 @@ class _Router:
             )
 
         edges = {y for box in boxes for y in _wall(box)} | {start, end}
-        choices = {y + LANE * step * sign for y in edges for step in range(8) for sign in (-1, 1)}
+        choices = {y + LANE * step * sign for y in edges for step in range(12) for sign in (-1, 1)}
         ways = [y for y in choices if y >= HIGHEST_LANE and free(y)]
         if not ways:
             return None
-        lane = min(ways, key=lambda y: (abs(y - start) + abs(y - end), y))
+        lane = min(ways, key=lambda y: (abs(y - start) + abs(y - end), abs(y - end)))
         self.lanes.append((lane, left, right, own))
         return lane
 

@@ -20,7 +20,7 @@ READABLE = 0.6
 LEAST_GAP, MOST_EMPTY = 20, 60
 """Pixels between two nodes, and below a node's content."""
 
-ROOM_FOR_IMAGES = {"SaveImage", "FaithDiffCompare"}
+ROOM_FOR_IMAGES = {"SaveImage", "FaithDiffSaveImage", "FaithDiffCompare"}
 """Nodes that show an image after a run, and are higher than their inputs are."""
 
 
@@ -97,6 +97,21 @@ return window.app.canvas.graph.nodes.map(node => [node.type, node.title, ...node
 """
 
 
+WINDOW = (1600, 1000)
+
+MINIMAP = (1340, 740)
+"""Left and top of what covers the corner at the bottom right of that window."""
+
+COVERED = """
+const {scale, offset} = window.app.canvas.ds, canvas = window.app.canvas.canvas.getBoundingClientRect();
+return window.app.graph.nodes.filter(node => {
+    const [x, y, width, height] = node.boundingRect;
+    const right = (x + width + offset[0]) * scale + canvas.x, bottom = (y + height + offset[1]) * scale + canvas.y;
+    const outside = right > window.innerWidth || bottom > window.innerHeight;
+    return outside || (right > arguments[0] && bottom > arguments[1]);
+}).map(node => node.title);
+"""
+
 COMPARE = "window.app.graph.nodes.find(n => n.type === 'FaithDiffCompare')"
 
 TEXTS = """
@@ -105,11 +120,26 @@ return window.app.graph.nodes.flatMap(n => n.widgets ?? []).filter(w => w.name =
 """
 
 
+def open_template(browser: Page, name: str) -> None:
+    """Choose a workflow of this pack in the template browser, with clicks."""
+    browser.clear()
+    browser.script("window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    for step in (CATEGORY, f"document.querySelector('[data-testid=\"template-workflow-{name}\"]')"):
+        wait_for(lambda step=step: browser.script(f"const it = {step}; it?.click(); return Boolean(it);"))
+    wait_for(lambda: "FaithDiffSampler" in browser.node_types())
+
+
+CATEGORY = "[...document.querySelectorAll('span')].findLast(one => one.textContent.trim() === 'faithdiff')"
+"""The pack in the list of templates, under its folder's name."""
+
+
 def test_the_demo_runs_at_once_and_shows_before_and_after(browser: Page) -> None:
     """In the classic design, with a slider that follows the mouse, and no progress text left behind."""
+    browser.resize(*WINDOW)
     browser.use_nodes_2(False)
-    browser.load(REPO / "workflows" / "faithdiff_demo.json")
-    browser.set_widget("FaithDiffSampler", "tile_size", 256)
+    open_template(browser, "faithdiff_demo")
+    assert browser.script(COVERED, *MINIMAP) == []
+    before = [box[:6] for box in browser.boxes()]
     browser.set_widget("FaithDiffSampler", "tile_batch", 1)
     browser.set_widget("FaithDiffSampler", "steps", 3)
     browser.script(
@@ -120,9 +150,10 @@ def test_the_demo_runs_at_once_and_shows_before_and_after(browser: Page) -> None
     assert result.node_errors == {}
     assert result.execution_error is None
     loaded = f"return {COMPARE}.faithdiffSlider.pairs.map(p => [p.before.naturalWidth, p.after.naturalWidth])"
-    wait_for(lambda: browser.script(loaded) == [[450, 450]])
+    wait_for(lambda: browser.script(loaded) == [[600, 600]])
     assert any("tile" in text for text in browser.script("return window.faithdiffTexts")), "no progress was shown"
     wait_for(lambda: browser.script(TEXTS) == [])
+    assert [box[:6] for box in browser.boxes()] == before, "a node has grown"
     colours = {split: browser.script(DRAWN, split) for split in (0.0, 1.0)}
     # Noise is before: neighbouring pixels differ more there.
     assert colours[1.0] > 2 * colours[0.0]

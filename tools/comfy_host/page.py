@@ -128,6 +128,11 @@ class Page:
         """End the browser."""
         self._driver.quit()
 
+    def resize(self, width: int, height: int) -> None:
+        """Give the page this size in pixels; it opens with 1600 x 1000, less the window's frame."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
     def script(self, code: str, *arguments: Any) -> Any:
         """Run JavaScript in the page and return what it returns."""
         return self._driver.execute_script(code, *arguments)
