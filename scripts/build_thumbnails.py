@@ -2,8 +2,8 @@
 
     python scripts/build_thumbnails.py
 
-The photographs were held out when the demo model was trained, and are restored by it, as the corner of each image
-says; what is written on them tells the workflows apart.
+The photographs were held out when the demo model was trained, and are restored by it, as the last line of each image
+says; what is drawn on them tells the workflows apart.
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ BAR = 92
 
 DARK, LIGHT = (24, 26, 31), (245, 246, 248)
 CROPS = {
-    "astronaut.png": (40, 0, 400),
+    "astronaut.png": (0, 0, 512),
     "chelsea.png": (84, 0, 300),
-    "coffee.png": (90, 10, 390),
+    "coffee.png": (100, 0, 400),
     "rocket.jpg": (115, 0, 420),
 }
 """The square that is shown of each photograph: left, top, side."""
+
+COFFEE = "coffee.png"
+"""What most of them show, so that the difference between two thumbnails is the difference between two workflows."""
+
+FLOOR = SIDE - BAR
+"""Where the bar begins. The page covers the corner at the top left with a badge of 250 x 62 pixels."""
 
 
 @cache
@@ -61,14 +67,36 @@ def split(name: str, side: int = SIDE) -> Image.Image:
     return out
 
 
-def sizes(name: str) -> Image.Image:
-    """The low-quality image, and the restored one twice and four times as large."""
-    low, restored = _photograph(name)
+def sizes(factors: tuple[int, ...]) -> Image.Image:
+    """The restored image, and in its corner each smaller size down to the low-quality image itself."""
+    low, restored = _photograph(COFFEE)
     out = restored.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(out)
-    for image, side in ((restored, SIDE // 2), (low, SIDE // 4)):
-        out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, 0))
-        draw.rectangle((0, 0, side, side), outline=LIGHT, width=3)
+    for factor in reversed(factors[:-1]):
+        side = FLOOR * factor // factors[-1]
+        image = low if factor == 1 else restored
+        out.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, FLOOR - side))
+        draw.rectangle((0, FLOOR - side, side, FLOOR), outline=LIGHT, width=3)
+        pill(draw, (side - 58, FLOOR - side + 12), f"{factor}x")
+    pill(draw, (SIDE - 66, 16), f"{factors[-1]}x")
+    return out
+
+
+def pill(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int = 24) -> None:
+    """Dark words on a light ground, from this corner on."""
+    font = ImageFont.load_default(size)
+    x, y = place[0] + 12, place[1] + 8
+    left, top, right, bottom = draw.textbbox((x, y), text, font=font)
+    draw.rounded_rectangle((left - 12, top - 9, right + 12, bottom + 9), radius=12, fill=LIGHT)
+    draw.text((x, y), text, font=font, fill=DARK)
+
+
+def labelled(*labels: tuple[int, int, str]) -> Image.Image:
+    """Split, with words at these places."""
+    out = split(COFFEE)
+    draw = ImageDraw.Draw(out)
+    for x, y, text in labels:
+        pill(draw, (x, y), text)
     return out
 
 
@@ -80,19 +108,24 @@ def four() -> Image.Image:
     return out
 
 
-def tiles(name: str) -> Image.Image:
-    """Split, with the borders of tiles."""
-    out = split(name)
+def one_tile() -> Image.Image:
+    """A grid of tiles over the low-quality image, of which one is restored."""
+    low, restored = (image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in _photograph(COFFEE))
+    out = Image.blend(low, Image.new("RGB", low.size, DARK), 0.45)
+    side = FLOOR // 3
     draw = ImageDraw.Draw(out)
-    for place in range(0, SIDE, SIDE // 4):
+    for place in range(side, SIDE, side):
         draw.line((place, 0, place, SIDE), fill=LIGHT, width=1)
         draw.line((0, place, SIDE, place), fill=LIGHT, width=1)
+    box = (side, side, 2 * side, 2 * side)
+    out.paste(restored.crop(box), box[:2])
+    draw.rectangle(box, outline=(247, 190, 84), width=4)
     return out
 
 
-def moving_tiles(name: str) -> Image.Image:
+def moving_tiles() -> Image.Image:
     """Split, with the borders of the tiles of two steps."""
-    out = split(name)
+    out = split(COFFEE)
     draw = ImageDraw.Draw(out)
     for shift, color in ((SIDE // 24, LIGHT), (SIDE // 6, (247, 190, 84))):
         for place in range(shift, SIDE, SIDE // 4):
@@ -101,86 +134,85 @@ def moving_tiles(name: str) -> Image.Image:
     return out
 
 
-def edges(name: str) -> Image.Image:
+def steps(done: int, usual: int) -> Image.Image:
+    """Split, with a dot for every step: those that are taken are filled."""
+    out = split(COFFEE)
+    draw = ImageDraw.Draw(out)
+    draw.rectangle((0, FLOOR - 44, SIDE, FLOOR), fill=DARK)
+    for step in range(usual):
+        x = 20 + step * (SIDE - 40) // (usual - 1)
+        box = (x - 8, FLOOR - 30, x + 8, FLOOR - 14)
+        draw.ellipse(box, fill=(247, 190, 84) if step < done else None, outline=LIGHT, width=2)
+    return out
+
+
+def edges() -> Image.Image:
     """Outlines on the left, restored on the right."""
     import cv2
 
-    _, restored = _photograph(name)
+    _, restored = _photograph(COFFEE)
     outlines = Image.fromarray(cv2.Canny(np.asarray(restored), 60, 120)).convert("RGB")
-    out = split(name)
+    out = split(COFFEE)
     out.paste(outlines.resize((SIDE, SIDE)).crop((0, 0, SIDE // 2, SIDE)), (0, 0))
     return out
 
 
-def painted(name: str, circle: tuple[int, int, int]) -> Image.Image:
+def painted(circle: tuple[int, int, int]) -> Image.Image:
     """The low-quality image, restored within a circle of this middle and radius."""
-    out, restored = (image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in _photograph(name))
+    out, restored = (image.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for image in _photograph(COFFEE))
     x, y, radius = circle
     box = (x - radius, y - radius, x + radius, y + radius)
     mask = Image.new("L", out.size, 0)
     ImageDraw.Draw(mask).ellipse(box, fill=255)
     out.paste(restored, mask=mask)
-    ImageDraw.Draw(out).ellipse(box, outline=LIGHT, width=3)
+    ImageDraw.Draw(out).ellipse(box, outline=LIGHT, width=4)
     return out
 
 
-def told(name: str, texts: tuple[tuple[int, int, str], ...]) -> Image.Image:
-    """Split, cut into quarters, with words at places of theirs."""
-    out = split(name)
-    draw = ImageDraw.Draw(out)
-    draw.line((0, SIDE // 2, SIDE, SIDE // 2), fill=LIGHT, width=3)
-    font = ImageFont.load_default(22)
-    for x, y, text in texts:
-        left, top, right, bottom = draw.textbbox((x, y), text, font=font)
-        draw.rounded_rectangle((left - 12, top - 10, right + 12, bottom + 10), radius=12, fill=LIGHT)
-        draw.text((x, y), text, font=font, fill=DARK)
+def told(*texts: tuple[int, int, str]) -> Image.Image:
+    """Split, cut into quarters, with words at these places."""
+    out = labelled(*texts)
+    ImageDraw.Draw(out).line((0, FLOOR // 2, SIDE, FLOOR // 2), fill=LIGHT, width=3)
     return out
 
 
-PHOTOGRAPH = "2003-07-08\n1/125 s\n16 bits"
-"""What a camera says about a photograph."""
-
-
-def labelled(name: str, text: str) -> Image.Image:
-    """Split, with what the file says in a corner."""
-    out = split(name)
+def play() -> Image.Image:
+    """Split, with the sign to start it."""
+    out = split(COFFEE)
     draw = ImageDraw.Draw(out)
-    font = ImageFont.load_default(24)
-    left, top, right, bottom = draw.textbbox((36, 36), text, font=font)
-    draw.rectangle((left - 14, top - 12, right + 14, bottom + 12), fill=DARK)
-    draw.text((36, 36), text, font=font, fill=LIGHT)
-    return out
-
-
-def spoken(name: str, text: str) -> Image.Image:
-    """Split, with a sentence in a bubble."""
-    out = split(name)
-    draw = ImageDraw.Draw(out)
-    font = ImageFont.load_default(26)
-    left, top, right, bottom = draw.textbbox((40, 44), text, font=font)
-    draw.rounded_rectangle((left - 16, top - 14, right + 16, bottom + 14), radius=16, fill=LIGHT)
-    draw.text((40, 44), text, font=font, fill=DARK)
+    x, y = SIDE // 2, FLOOR // 2 + 20
+    draw.ellipse((x - 58, y - 58, x + 58, y + 58), fill=(11, 140, 233), outline=LIGHT, width=4)
+    draw.polygon(((x - 18, y - 30), (x - 18, y + 30), (x + 34, y)), fill=LIGHT)
     return out
 
 
 THUMBNAILS: dict[str, tuple[Callable[[], Image.Image], str]] = {
-    "faithdiff_2x": (lambda: split("chelsea.png"), "2x, as published"),
-    "faithdiff_4x_progressive": (lambda: sizes("astronaut.png"), "4x in two passes"),
-    "faithdiff_8k": (lambda: moving_tiles("coffee.png"), "8K, in moving tiles"),
-    "faithdiff_own_checkpoint_lora": (lambda: split("coffee.png"), "Your checkpoint + LoRA"),
-    "faithdiff_few_steps": (lambda: split("rocket.jpg"), "8 steps"),
-    "faithdiff_low_vram": (lambda: tiles("chelsea.png"), "6 to 8 GB"),
+    "faithdiff_2x": (lambda: sizes((1, 2)), "2x, as published"),
+    "faithdiff_4x_progressive": (lambda: sizes((1, 2, 4)), "4x in two passes"),
+    "faithdiff_8k": (moving_tiles, "8K, in moving tiles"),
+    "faithdiff_own_checkpoint_lora": (
+        lambda: labelled((24, 300, "your checkpoint"), (24, 356, "+ your LoRA")),
+        "Your checkpoint + LoRA",
+    ),
+    "faithdiff_few_steps": (lambda: steps(8, 20), "8 steps, not 20"),
+    "faithdiff_low_vram": (one_tile, "6 to 8 GB: tile by tile"),
     "faithdiff_batch_folder": (four, "A whole folder"),
-    "faithdiff_photograph": (lambda: labelled("rocket.jpg", PHOTOGRAPH), "16 bits, EXIF, profile"),
-    "faithdiff_auto_caption": (lambda: spoken("chelsea.png", '"A cat with green eyes ..."'), "Caption by LLaVA"),
-    "faithdiff_other_captioner": (lambda: spoken("coffee.png", '"A cup of coffee ..."'), "Another captioner"),
-    "faithdiff_controlnet": (lambda: edges("astronaut.png"), "With a ControlNet"),
+    "faithdiff_photograph": (
+        lambda: labelled((24, 244, "2003-07-08"), (24, 300, "1/125 s"), (24, 356, "16 bits, Adobe RGB")),
+        "Keeps what the file knows",
+    ),
+    "faithdiff_auto_caption": (lambda: labelled((24, 356, '"A white cup on a red saucer ..."')), "Caption by LLaVA"),
+    "faithdiff_other_captioner": (
+        lambda: labelled((24, 356, '"An espresso from above ..."')),
+        "Another captioner",
+    ),
+    "faithdiff_controlnet": (edges, "With a ControlNet"),
     "faithdiff_tile_captions": (
-        lambda: told("rocket.jpg", ((40, 40, "a dark sky"), (296, 40, "a rocket"), (40, 300, "a tower"))),
+        lambda: told((24, 84, "a table"), (280, 24, "a white cup"), (24, 356, "a red saucer"), (280, 356, "a spoon")),
         "A caption for each part",
     ),
-    "faithdiff_masked": (lambda: painted("astronaut.png", (282, 150, 128)), "Only what you paint"),
-    "faithdiff_demo": (lambda: split("astronaut.png"), "No download"),
+    "faithdiff_masked": (lambda: painted((268, 180, 150)), "Only what you paint"),
+    "faithdiff_demo": (play, "No download: press Run"),
 }
 """What is drawn for each workflow, and what is written on it."""
 
