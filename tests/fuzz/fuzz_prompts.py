@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 from comfy_host import NO_HOST, Prompt, PromptRejectedError, Server, find_host
+from comfy_host.server import Job, JobResult
 from PIL import Image
 from support.server_prompts import tiny
 
@@ -39,6 +40,14 @@ COSTS = {"steps": 3, "scale_by": 4.0, "longest_side": 256}
 """Larger values that are allowed are brought down to these, or a prompt would take long for a good reason."""
 
 OURS = ("faithdiff_core.errors.", "InterruptProcessingException")
+
+
+WORKER_DIED = "(prompt_worker)"
+"""In the server's log when the thread that runs prompts has ended."""
+
+
+class WorkerDiedError(Exception):
+    """ComfyUI's own fault: it looks at no link of an input that the node does not have, and ends with a wrong one."""
 
 
 def images(folder: Path) -> list[Path]:
@@ -125,7 +134,7 @@ def mutated(rng: random.Random, prompt: Prompt) -> Prompt:
             inputs[rng.choice(list(inputs))] = [rng.choice(list(out)), rng.randrange(3)]
         if not out:
             break
-    # ComfyUI does not look at links of such inputs, and its worker ends with one that leads to no node.
+    # See `WorkerDiedError`: these would take most of the time to start servers again.
     for key in foreign & out.keys():
         inputs = out[key]["inputs"]
         for name in [name for name, value in inputs.items() if _leads_nowhere(value, out)]:
@@ -158,7 +167,7 @@ def tried(server: Server, prompt: Prompt, cancel: bool) -> str | None:
         with server.submit(prompt) as job:
             if cancel:
                 server.interrupt()
-            result = job.wait(PROMPT_SECONDS)
+            result = _ended(server, job)
     except PromptRejectedError as error:
         # ComfyUI's own faults with prompts that are no graphs are not ours to judge.
         if error.status >= 500 and "custom_nodes/faithdiff/" in server.log_tail():
@@ -173,6 +182,19 @@ def tried(server: Server, prompt: Prompt, cancel: bool) -> str | None:
                 return f"{data['node_type']}: {name}: {str(data['exception_message'])[:300]}"
     took = _processor_time(server) - began
     return f"took {took:.0f} s of processor time" if took > CASE_SECONDS else None
+
+
+def _ended(server: Server, job: Job) -> JobResult:
+    end = time.monotonic() + PROMPT_SECONDS
+    while True:
+        try:
+            return job.wait(10.0)
+        except TimeoutError:
+            _, died, trace = server.log_tail(20_000).rpartition(WORKER_DIED)
+            if died and "custom_nodes/faithdiff/" not in trace:
+                raise WorkerDiedError(trace) from None
+            if time.monotonic() > end:
+                raise
 
 
 def _processor_time(server: Server) -> float:
@@ -215,9 +237,15 @@ def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
         sys.stderr.write(NO_HOST + "\n")
         time.sleep(seconds)
         return
-    with tempfile.TemporaryDirectory() as base:
-        server = Server(path, Path(base))
-        try:
-            yield from fuzz(server, seed, seconds, start)
-        finally:
-            server.stop()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with tempfile.TemporaryDirectory() as base:
+            server = Server(path, Path(base))
+            try:
+                for found in fuzz(server, seed, end - time.monotonic(), start):
+                    start = found + 1 if isinstance(found, int) else start
+                    yield found
+            except WorkerDiedError:
+                continue  # with a new server, behind the prompt
+            finally:
+                server.stop()
