@@ -46,7 +46,11 @@ for (const heading of document.querySelectorAll("#images th")) {
     heading.setAttribute("aria-sort", down ? "descending" : "ascending");
     const body = document.querySelector("#images tbody"), column = heading.cellIndex;
     const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-    const rows = [...body.rows].sort((a, b) => value(a).localeCompare(value(b), undefined, {numeric: true}));
+    const numbers = body.rows[0]?.cells[column].classList.contains("number");
+    const compare = numbers
+      ? (a, b) => value(a) - value(b)  // as texts, 0.5 would come before 0.12
+      : (a, b) => value(a).localeCompare(value(b), undefined, {numeric: true});
+    const rows = [...body.rows].sort(compare);
     body.append(...(down ? rows.reverse() : rows));
   });
 }
