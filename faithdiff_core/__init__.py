@@ -1,23 +1,22 @@
 """FaithDiff: faithful image super-resolution with SDXL (CVPR 2025).
 
 The parts of the method, without a host: modules, weights, tiles, schedule, colours, captions and images, and an
-engine on diffusers with a command line (`python -m faithdiff_core`). Importing the package needs torch alone;
-everything heavier is imported where it is used.
+engine on diffusers with a command line (`python -m faithdiff_core`). The package needs torch alone; it and whatever is
+heavier are imported where they are used, so that processes which only hand images on stay small.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from .errors import FaithDiffError, ImageError, MissingPackageError, SettingsError, WeightsError, install_extra
 
-try:
-    import torch  # noqa: F401
-except ModuleNotFoundError as error:
+if find_spec("torch") is None:
     raise MissingPackageError(
         f"FaithDiff needs PyTorch. Install the build for your card; then {install_extra('engine')}. ComfyUI brings "
         f"what its nodes need."
-    ) from error
+    )
 
 from .lazy import lazy_names
 

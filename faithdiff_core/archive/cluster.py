@@ -13,13 +13,13 @@ import os
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ..engine.restoration import Restoration
 from ..errors import FaithDiffError, MissingPackageError, SettingsError, install_extra
-from .storage import join, remove_folder, write_lines
+from .storage import is_url, join, remove_folder, write_lines
+from .task import Task
 from .work_list import Item
 from .worker import Report
 
@@ -45,7 +45,7 @@ class Cluster:
     Args:
         workers: number of processes on this machine, `ray`, or `ray:ADDRESS`.
         gpus: of a worker; None for 1 where there are GPUs and they are wanted, else 0.
-        restoration: what is done to every image.
+        task: what is done to every image.
         out: the output folder, path or URL; all machines must see it.
         overwrite: results that are there do not count.
 
@@ -54,22 +54,22 @@ class Cluster:
         SettingsError: no Ray runs there, or there is less than one worker needs.
     """
 
-    def __init__(
-        self, workers: int | str, gpus: float | None, restoration: Restoration, out: str, overwrite: bool = False
-    ) -> None:
+    def __init__(self, workers: int | str, gpus: float | None, task: Task, out: str, overwrite: bool = False) -> None:
         try:
             import ray.data
         except ModuleNotFoundError as error:
             raise MissingPackageError(f"--workers {workers} needs Ray; {install_extra('cluster')}.") from error
-        if gpus is not None and not 0 <= gpus < 1e6:
-            raise SettingsError(f"--gpus-per-worker must be 0 or more, got {gpus}.")
+        if gpus is not None and not (0 <= gpus <= 1 or (gpus < 1e6 and gpus == int(gpus))):
+            raise SettingsError(
+                f"--gpus-per-worker must be between 0 and 1, or a whole number (Ray shares no more than one GPU), got "
+                f"{gpus:g}."
+            )
         self._ray = ray
-        self._restoration, self._out, self._overwrite = restoration, out, overwrite
-        self._lists = join(out, f"{LISTS}/{uuid.uuid4().hex[:12]}")
-        wants_gpus = restoration.files.device not in ("cpu", "mps")
+        self._task, self._out, self._overwrite = task, out, overwrite
+        self._lists = join(out if is_url(out) else os.path.abspath(out), f"{LISTS}/{uuid.uuid4().hex[:12]}")
         cpus = _connect(workers)
         try:
-            self._plan_workers(workers, gpus, wants_gpus, cpus)
+            self._plan_workers(workers, gpus, task.wants_gpu, cpus)
         except BaseException:
             ray.shutdown()
             raise
@@ -79,12 +79,14 @@ class Cluster:
         all_gpus = there.get("GPU", 0.0)
         self.gpus = (1.0 if wants_gpus and all_gpus else 0.0) if gpus is None else gpus
         self.cpus = cpus
-        most = all_gpus / self.gpus if self.gpus else there.get("CPU", 0.0) / cpus
-        self.size = int(most + 1e-6) if isinstance(workers, str) else workers
-        if self.size < 1 or self.size > most + 1e-6:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        most = sum(places(node, cpus, self.gpus) for node in nodes)
+        self.size = most if isinstance(workers, str) else workers
+        if not 1 <= self.size <= most:
             raise SettingsError(
                 f"--workers {workers} with {self.gpus:g} GPU(s) each: Ray has {all_gpus:g} GPU(s) and "
-                f"{there.get('CPU', 0):g} CPU(s). Give fewer workers or --gpus-per-worker."
+                f"{there.get('CPU', 0):g} CPU(s) on {len(nodes)} machine(s), enough for {most} worker(s). Give fewer "
+                f"workers or another --gpus-per-worker."
             )
 
     def __enter__(self) -> Cluster:
@@ -116,17 +118,17 @@ class Cluster:
 
     def _round(self, folder: str, parts: list[tuple[str, int]]) -> Iterator[Report]:
         """One pass of Ray Data over lists of items. Those that kill their worker every time do not come back."""
-        from .ray_data import REPORT, ListedItems, RestoringActor
+        from .ray_data import REPORT, ListedItems, WorkingActor
 
         data = self._ray.data
-        # One reader: it is fast, and each is a process with all of torch in it.
+        # One reader: it is fast, and each is a process of its own.
         source = data.read_datasource(ListedItems(parts), num_cpus=0, concurrency=1, override_num_blocks=len(parts))
         with warnings.catch_warnings():
             # The number of repeats is among the options that Ray removes in 2.64; the extra `cluster` stays below.
             warnings.simplefilter("ignore")
             done = source.map_batches(
-                RestoringActor,
-                fn_constructor_args=(self._restoration, self._out, folder, self._overwrite),
+                WorkingActor,
+                fn_constructor_args=(self._task, self._out, folder, self._overwrite, os.getcwd()),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=data.ActorPoolStrategy(size=self.size, max_tasks_in_flight_per_actor=2),
@@ -148,12 +150,27 @@ class Cluster:
                 "state": "failed",
                 "error": f"its worker died each of {times} times at most: it needs more memory than the machine has, "
                 f"or its decoder crashes",
-                "settings": self._restoration.digest,
+                "settings": self._task.digest,
                 "stamp": item.stamp,
                 "worker": "",
                 "seconds": 0.0,
             }
         )
+
+
+def places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many workers a machine has place for; a worker is on one machine, and a part of a GPU on one GPU.
+
+    Args:
+        node: what Ray counts there: `CPU` and `GPU`.
+        cpus, gpus: of a worker. GPUs are a whole number, or a part of one.
+    """
+    tiny = 1e-6  # a third of a GPU is there three times
+    most = int(node.get("CPU", 0.0) / cpus + tiny)
+    if gpus:
+        each = int(node.get("GPU", 0.0) + tiny)
+        most = min(most, each // int(gpus) if gpus >= 1 else each * int(1 / gpus + tiny))
+    return most
 
 
 def _connect(workers: int | str) -> float:
@@ -191,6 +208,9 @@ def _connect(workers: int | str) -> float:
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
     context.target_max_block_size = 1  # a block for each image: no more than one is lost with a worker
+    # It shares memory out among the steps of a dataset anew for every block, which is half of the driver's work, and
+    # here a block is a line of text.
+    context.op_resource_reservation_enabled = False
     return cpus
 
 

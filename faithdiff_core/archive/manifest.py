@@ -44,7 +44,7 @@ class Row(TypedDict, total=False):
         seconds: how long it worked.
         finished: when, UTC, ISO 8601.
         settings: digest of what the result depends on besides the image.
-        stamp: the input's size and version, and those of its captions.
+        stamp: the input's size and version, and those of its captions and its mask.
         width, height: of the result, in pixels.
         bytes_read, bytes_written: of the files.
         skipped: it was there before.

@@ -1,4 +1,4 @@
-"""What runs inside Ray: the source of the items, and the actor that restores them."""
+"""What runs inside Ray: the source of the items, and the actor that works on them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import ray
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from ..engine.restoration import Restoration
 from ..errors import FaithDiffError, SettingsError
 from .storage import is_folder, read_lines
+from .task import Task
 from .work_list import Item
 from .worker import Worker
 
@@ -52,24 +52,31 @@ def _read_part(address: str) -> Iterable[pa.Table]:
     yield pa.table({ITEM: list(read_lines(address))})
 
 
-class RestoringActor:
-    """Restores items on a GPU, or a part of one, with models that are loaded when it starts.
+class WorkingActor:
+    """Works on items on a GPU, or a part of one, with models that are loaded when it starts.
 
-    What keeps every image from being restored (a model that is not there, an output folder that this machine does not
+    Args:
+        task, out, overwrite: see `Worker`.
+        lists: folder with the lists of items.
+        here: working directory of the command.
+
+    What keeps every image from being done (a model that is not there, an output folder that this machine does not
     see) comes back in the place of the first report, since Ray would start the actor again and again.
     """
 
-    def __init__(self, restoration: Restoration, out: str, lists: str, overwrite: bool) -> None:
+    def __init__(self, task: Task, out: str, lists: str, overwrite: bool, here: str) -> None:
         node = ray.get_runtime_context().get_node_id()
         name = f"{platform.node()}/{node[:6]}/{os.getpid()}"
         self._fatal: dict[str, str] = {}
+        if os.path.isdir(here):  # the command's paths may be relative, and a cluster's workers start somewhere else
+            os.chdir(here)
         try:
             if not is_folder(lists):
                 raise SettingsError(
                     f"The worker {name} does not see the output folder {out}. Give a folder that all machines share, "
                     f"or a URL."
                 )
-            self._work: Callable[[Item], Any] = Worker(restoration, out, name, overwrite).work
+            self._work: Callable[[Item], Any] = Worker(task, out, name, overwrite).work
         except FaithDiffError as error:
             kind = "settings" if isinstance(error, SettingsError) else "other"
             self._fatal = {"fatal": str(error), "kind": kind}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import itertools
 import os
 import platform
 import sys
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ..engine.restoration import Restoration
 from ..errors import ImageError, SettingsError
-from ..images.formats import is_readable, left_out_note, read_suffixes
-from ..images.names import folder_problem, real_path
-from ..images.writing import WRITE_SUFFIXES
+from ..images.formats import WRITE_SUFFIXES, left_out_note, read_suffixes
+from ..images.listing import Entry, check_other_folder, expand, only_images
+from ..images.masks import check_one_mask
+from ..images.names import folder_problem
 from .manifest import MANIFEST, PARTS, THUMBNAILS, Row, RowLog
 from .progress import RunProgress
-from .storage import Entry, as_address, find, is_folder, is_leftover, is_url, join, remove, stamp_of, walk
+from .storage import as_address, find, is_folder, is_leftover, is_url, join, remove, stamp_of, walk
 from .summary import MOST_ROWS, write_summary
+from .task import Task
 from .work_list import Item, WorkList
 from .worker import Report, Worker
 
@@ -52,7 +53,8 @@ class Archive:
         inputs: images, folders, patterns and URLs of these.
         out: folder of the results, path or URL.
         suffix: ending of results, such as ".png".
-        restoration: what is done to every image.
+        task: what is done to every image.
+        masks: a mask for a single image, or a folder of masks, path or URL; empty for none.
         overwrite: do everything again.
         quiet: write about failures alone.
     """
@@ -60,7 +62,8 @@ class Archive:
     inputs: Sequence[str]
     out: str
     suffix: str
-    restoration: Restoration
+    task: Task
+    masks: str = ""
     overwrite: bool = False
     quiet: bool = False
 
@@ -82,7 +85,8 @@ class Archive:
             finally:
                 manifest.close()
                 small.close()
-                manifest.replace(cast("Iterator[dict[str, object]]", work.rows()))
+                rows = itertools.chain(work.rows(), work.other_rows())
+                manifest.replace(cast("Iterator[dict[str, object]]", rows))
                 write_summary(self.out, work, small)
         finally:
             work.close()
@@ -99,8 +103,8 @@ class Archive:
         others: Counter[str] = Counter()
         for word in map(as_address, self.inputs):
             work.add(_listed(word, self.out, others))
-            if self.restoration.captions and is_folder(word):
-                work.add_texts(walk(word, self.out), self.restoration.caption_suffixes)
+            if suffixes := self.task.caption_suffixes:
+                work.add_texts(self._texts(word), suffixes)
         total, _ = work.counts()
         if not total:
             raise SettingsError(
@@ -112,15 +116,42 @@ class Archive:
             raise SettingsError(f"The result would overwrite the input {source}. Choose another folder or name.")
         if not is_url(self.out) and (problem := folder_problem(Path(self.out))):
             raise ImageError(f"Results cannot be written: {problem}")
+        self._add_masks(work, total)
         work.add_rows(cast("Iterator[Row]", manifest.rows()))
         if is_folder(self.out):
             work.add_results(self._results())
         if not self.overwrite:
-            work.mark_finished(self.restoration.digest)
+            work.mark_finished(self.task.digest, self.task.names)
             if (number := work.outdated()) and not self.quiet:
                 sys.stderr.write(f"{number} result(s) were made with other settings or of other images; done again\n")
-        if note := left_out_note(map(Path, others.elements())):
+        if note := left_out_note(others):
             sys.stderr.write(note + "\n")
+
+    def _texts(self, word: str) -> Iterator[Entry]:
+        """The captions beside the images that a word of the command line stands for, and other files of a folder."""
+        if is_folder(word):
+            yield from walk(word, self.out)
+            return
+        for entry in _listed(word, self.out, Counter()):
+            for suffix in self.task.caption_suffixes:
+                text = os.path.splitext(entry.address)[0] + suffix
+                if stamp := stamp_of(text):
+                    yield Entry(text, text, stamp)
+
+    def _add_masks(self, work: WorkList, total: int) -> None:
+        """Give the images their masks.
+
+        Raises:
+            SettingsError: one has none, or a mask would serve several.
+        """
+        if not self.masks:
+            return
+        if is_folder(self.masks):
+            work.add_masks(self.masks, only_images(walk(self.masks), Counter()))
+            return
+        stamp = stamp_of(self.masks)
+        check_one_mask(self.masks, total, bool(stamp))
+        work.set_mask(Entry(self.masks, self.masks, stamp))
 
     def _results(self) -> Iterator[str]:
         """Names of the files in the output folder; what a killed process was writing is removed."""
@@ -169,29 +200,17 @@ class Archive:
 
     def _here(self, items: Callable[[], Iterator[Item]]) -> Iterator[Report]:
         """Work on the items in this process."""
-        worker = Worker(self.restoration, self.out, f"{platform.node()}/{os.getpid()}", self.overwrite)
+        worker = Worker(self.task, self.out, f"{platform.node()}/{os.getpid()}", self.overwrite)
         for item in items():
             yield worker.work(item)
 
 
-def _listed(word: str, out: str, others: Counter[str]) -> Iterator[Entry]:
-    """The images that a word of the command line stands for; those of a folder that are not read go into `others`."""
-    if is_folder(word):
-        same = word.rstrip("/") == out.rstrip("/") if is_url(word) else real_path(Path(word)) == real_path(Path(out))
-        if same:
-            raise SettingsError(f"{out} is the folder of the inputs. Choose another one for the results.")
-        for entry in walk(word, out):
-            name = entry.name.rsplit("/", 1)[-1]
-            readable = is_readable(name)
-            if readable:
-                yield entry
-            elif readable is not None:
-                others[f"_{Path(name).suffix}"] += 1
-    elif is_url(word):
-        yield from find(word)
-    elif os.path.lexists(word) or not glob.has_magic(word):
-        yield Entry(word, Path(word).name, stamp_of(word))
+def _listed(word: str, out: str, left_out: Counter[str]) -> Iterator[Entry]:
+    """The images that a word of the command line stands for; those of a folder that are not read go into `left_out`."""
+    if not is_url(word):
+        yield from expand(word, "" if is_url(out) else out, left_out)
+    elif is_folder(word):
+        check_other_folder(word.rstrip("/") == out.rstrip("/"), out)
+        yield from only_images(walk(word, out), left_out)
     else:
-        for file in sorted(glob.iglob(word, recursive=True)):
-            if os.path.isfile(file):
-                yield Entry(file, Path(file).name, stamp_of(file))
+        yield from find(word)

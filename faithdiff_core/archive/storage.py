@@ -10,7 +10,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,8 +17,9 @@ from urllib.request import url2pathname
 
 from ..atomic import TEMPORARY, temporary_name, write_atomically
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
+from ..images import listing
 from ..images.formats import MAX_BYTES, read_content
-from ..images.names import real_path
+from ..images.listing import Entry
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 """A scheme has two letters or more: C:\\ is a drive."""
@@ -32,21 +32,6 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified"
 
 _TRIES = 4
 """How often a URL is read or written before an error counts: stores drop requests now and then."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file of a listing.
-
-    Attributes:
-        address: path or URL.
-        name: relative to the folder that was listed, with slashes.
-        stamp: size and version; another one means another content.
-    """
-
-    address: str
-    name: str
-    stamp: str
 
 
 def is_url(word: str) -> bool:
@@ -224,23 +209,9 @@ def walk(folder: str, without: str = "") -> Iterator[Entry]:
         folder: path or URL.
         without: a folder that is passed over.
     """
-    yield from _walk_url(folder, without) if is_url(folder) else _walk_path(folder, without)
-
-
-def _walk_path(folder: str, without: str) -> Iterator[Entry]:
-    left_out = real_path(Path(without)) if without and not is_url(without) else None
-    waiting = [(folder, "")]
-    while waiting:
-        here, prefix = waiting.pop()
-        if left_out is not None and real_path(Path(here)) == left_out:
-            continue
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append((entry.path, f"{prefix}{entry.name}/"))
-                elif entry.is_file():
-                    found = entry.stat()
-                    yield Entry(entry.path, prefix + entry.name, f"{found.st_size}-{found.st_mtime_ns}")
+    if is_url(folder):
+        return _walk_url(folder, without)
+    return listing.walk(folder, "" if is_url(without) else without)
 
 
 def _walk_url(folder: str, without: str) -> Iterator[Entry]:
@@ -252,9 +223,9 @@ def _walk_url(folder: str, without: str) -> Iterator[Entry]:
         here = waiting.pop()
         if here == left_out:
             continue
-        listing = _again(lambda here=here: files.ls(here, detail=True))
+        found_here = _again(lambda here=here: files.ls(here, detail=True))
         files.invalidate_cache()  # listings are kept otherwise, all of them
-        for found in listing:
+        for found in found_here:
             path = str(found["name"]).rstrip("/")
             if found["type"] == "directory":
                 if path != here:
@@ -282,12 +253,11 @@ def find(word: str) -> Iterator[Entry]:
 
 def stamp_of(address: str) -> str:
     """A file's size and version, as in an `Entry`; empty where there is none."""
+    if not is_url(address):
+        return listing.file_stamp(address)
     try:
-        if is_url(address):
-            files, path = _opened(address)
-            return _stamp(files.info(path))
-        found = os.stat(address)
-        return f"{found.st_size}-{found.st_mtime_ns}"
+        files, path = _opened(address)
+        return _stamp(files.info(path))
     except (OSError, ValueError):
         return ""
 

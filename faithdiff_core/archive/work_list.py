@@ -8,17 +8,21 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..images.formats import same_name
+from ..images.listing import Entry
+from ..images.masks import mask_key, mask_taken_twice, match_mask, no_mask
 from ..images.names import apart, folded_stem, result_name
 from .manifest import Row
-from .storage import Entry
+from .storage import is_url
 
 _SCHEMA = """
 CREATE TABLE work (id INTEGER PRIMARY KEY, source BLOB UNIQUE, input BLOB, name BLOB, folded TEXT, stem TEXT,
-                   stamp TEXT, finished INTEGER NOT NULL DEFAULT 0);
+                   stamp TEXT, mask BLOB NOT NULL DEFAULT x'', finished INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE texts (stem BLOB, suffix TEXT, stamp TEXT, PRIMARY KEY (stem, suffix)) WITHOUT ROWID;
+CREATE TABLE masks (key TEXT PRIMARY KEY, address BLOB, stamp TEXT, image BLOB) WITHOUT ROWID;
 CREATE TABLE present (name BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE rows (name BLOB PRIMARY KEY, state TEXT, settings TEXT, stamp TEXT, row TEXT) WITHOUT ROWID;
 CREATE INDEX stems ON work (stem);
@@ -26,14 +30,15 @@ CREATE INDEX stems ON work (stem);
 
 _KNOWN = "SELECT 1 FROM rows WHERE rows.name = work.name AND rows.state = 'done'"
 _FINISHED = f"""
-UPDATE work SET finished = 1 WHERE EXISTS (SELECT 1 FROM present WHERE present.name = work.name)
+UPDATE work SET finished = 1 WHERE whole(work.name)
     AND EXISTS ({_KNOWN} AND rows.settings = ? AND rows.stamp = work.stamp)
 """
 _OPEN = f"""
-SELECT id, source, name, stamp,
+SELECT id, source, name, stamp, mask,
        EXISTS (SELECT 1 FROM present WHERE present.name = work.name) AND NOT EXISTS ({_KNOWN})
 FROM work WHERE NOT finished AND id > ? ORDER BY id LIMIT 1000
 """
+_NEXT = "SELECT id, source FROM work WHERE id > ? ORDER BY id LIMIT 1000"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Item:
         stamp: see `Row`.
         unknown_result: there is a file under the result's name of which the manifest says nothing.
         thumbnail: small images of it are wanted for the summary page.
+        mask: address of its mask, or empty.
     """
 
     id: int
@@ -55,6 +61,7 @@ class Item:
     stamp: str
     unknown_result: bool = False
     thumbnail: bool = False
+    mask: str = ""
 
 
 class WorkList:
@@ -95,6 +102,53 @@ class WorkList:
             if entry.address.lower().endswith(suffix)
         )
         self._insert("INSERT OR REPLACE INTO texts VALUES (?, ?, ?)", rows)
+
+    def set_mask(self, mask: Entry) -> None:
+        """Take in the mask of the only image."""
+        self._base.execute(
+            "UPDATE work SET mask = ?, stamp = stamp || ?", (_blob(mask.address), _mask_stamp(mask.stamp))
+        )
+
+    def add_masks(self, masks: str, entries: Iterable[Entry]) -> None:
+        """Give every image its mask, as `find_masks` does.
+
+        Args:
+            masks: the folder, for messages.
+            entries: its files.
+
+        Raises:
+            SettingsError: an image has no mask, or one would serve several images.
+            ImageError: two masks have the same name.
+        """
+        longest = 0
+        for entry in entries:
+            key = mask_key(PurePosixPath(entry.name))
+            longest = max(longest, len(key))
+            text = _key("/".join(key))
+            if other := self._base.execute("SELECT address FROM masks WHERE key = ?", (text,)).fetchone():
+                raise same_name(*sorted((_name(other[0]), entry.address)))
+            self._base.execute("INSERT INTO masks VALUES (?, ?, ?, NULL)", (text, _blob(entry.address), entry.stamp))
+        last = 0
+        while found := self._base.execute(_NEXT, (last,)).fetchall():
+            for number, source in found:
+                self._choose_mask(number, _name(source), masks, longest)
+            last = found[-1][0]
+
+    def _choose_mask(self, number: int, source: str, masks: str, longest: int) -> None:
+        def find(key: tuple[str, ...]) -> Any:
+            query = "SELECT key, address, stamp, image FROM masks WHERE key = ?"
+            return self._base.execute(query, (_key("/".join(key)),)).fetchone()
+
+        path = PurePosixPath(source) if is_url(source) else Path(source).absolute()
+        mask = match_mask(path, find, longest)
+        if mask is None:
+            raise no_mask(source, masks)
+        key, address, stamp, image = mask
+        if image is not None:
+            raise mask_taken_twice(_name(address), _name(image), source)
+        self._base.execute("UPDATE masks SET image = ? WHERE key = ?", (_blob(source), key))
+        changed = (address, _mask_stamp(stamp), number)
+        self._base.execute("UPDATE work SET mask = ?, stamp = stamp || ? WHERE id = ?", changed)
 
     def add_results(self, names: Iterable[str]) -> None:
         """Take in the names of files that are in the output folder."""
@@ -138,6 +192,7 @@ class WorkList:
                 base.execute(
                     "UPDATE work SET name = ?, folded = ? WHERE id = ?", (_blob(key), _key(key.casefold()), number)
                 )
+            base.execute("CREATE INDEX names ON work (name)")  # without it, every row would be looked for in all
             captions = "SELECT stamp FROM texts WHERE texts.stem = stem_of(work.source) ORDER BY suffix"
             added = f"(SELECT '+' || group_concat(stamp, '+') FROM ({captions}))"
             base.execute(f"UPDATE work SET stamp = stamp || coalesce({added}, '')")
@@ -157,8 +212,19 @@ class WorkList:
         ).fetchone()
         return _name(found[0]) if found else ""
 
-    def mark_finished(self, settings: str) -> int:
-        """Mark the inputs whose results are there, made of the same image with these settings; gives their number."""
+    def mark_finished(self, settings: str, names: Callable[[str], Sequence[str]]) -> int:
+        """Mark the inputs whose results are there, made of the same image with these settings; gives their number.
+
+        Args:
+            settings: their digest.
+            names: gives all files that must be there, by the name of the result.
+        """
+        there = "SELECT 1 FROM present WHERE name = ?"
+
+        def whole(blob: bytes) -> bool:
+            return all(self._base.execute(there, (_blob(name),)).fetchone() for name in names(_name(blob)))
+
+        self._base.create_function("whole", 1, whole)
         return self._base.execute(_FINISHED, (settings,)).rowcount
 
     def outdated(self) -> int:
@@ -180,9 +246,9 @@ class WorkList:
         """
         last = 0
         while found := self._base.execute(_OPEN, (last,)).fetchall():
-            for number, source, name, stamp, unknown in found:
+            for number, source, name, stamp, mask, unknown in found:
                 thumbnail = bool(thumbnail_every) and number % thumbnail_every == 0
-                yield Item(number, _name(source), _name(name), stamp, bool(unknown), thumbnail)
+                yield Item(number, _name(source), _name(name), stamp, bool(unknown), thumbnail, _name(mask))
             last = found[-1][0]
 
     def counts(self) -> tuple[int, int]:
@@ -203,6 +269,13 @@ class WorkList:
                     ORDER BY {order}"""
         for name, source, stamp, row in self._base.execute(query, states):
             yield json.loads(row) if row else _waiting(_name(name), _name(source), stamp)
+
+    def other_rows(self) -> Iterator[Row]:
+        """Rows of results that are there, made by runs over other inputs into the same folder."""
+        query = """SELECT row FROM rows WHERE state = 'done' AND EXISTS (SELECT 1 FROM present WHERE name = rows.name)
+                   AND NOT EXISTS (SELECT 1 FROM work WHERE work.name = rows.name) ORDER BY name"""
+        for (row,) in self._base.execute(query):
+            yield json.loads(row)
 
     def totals(self) -> dict[str, int]:
         """Number of inputs by state."""
@@ -246,6 +319,11 @@ class _transaction:  # noqa: N801
 
 def _waiting(name: str, source: str, stamp: str) -> Row:
     return {"name": name, "source": source, "state": "waiting", "stamp": stamp}
+
+
+def _mask_stamp(stamp: str) -> str:
+    """What a mask adds to the stamp of its image."""
+    return f"~{stamp}"
 
 
 def _blob(name: str) -> bytes:

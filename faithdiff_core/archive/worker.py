@@ -1,37 +1,20 @@
-"""What a worker does: read, restore and write one image, and say in a row what became of it."""
+"""What a worker does: read an image, have it worked on, write the result, and say in a row what became of it."""
 
 from __future__ import annotations
 
-import base64
-import gc
-import io
-import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..captions.tile_captions import ImageText
-from ..engine.restoration import METADATA_KEY, Made, Progress, Restoration
-from ..engine.settings import RestoreSettings
 from ..errors import reason_of
-from ..images.exif import ExifBlock
-from ..images.formats import open_pillow
 from ..images.names import folder_problem, name_problem, source_problem
-from ..images.reading import LoadedImage, decode_image
-from ..models.lq_encoder import ENCODER_TILE
-from ..tiling.grid import MIN_TILE, TILE_SIZE
 from .manifest import Row
 from .storage import is_url, join, read, read_optional, write
+from .task import Given, Task
 from .work_list import Item
-
-THUMBNAIL_SIDE = 160
-"""Longer side of the summary's small images, in pixels."""
-
-_OWN = '{"Software": "FaithDiff'
-"""How the EXIF text begins that holds the recipe."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +31,26 @@ class Report:
 
 
 class Worker:
-    """Works on items with models that are loaded once.
+    """Works on items with what is loaded once.
 
     Args:
-        restoration: what is done to every image.
+        task: what is done to every image.
         out: the output folder, path or URL.
         name: of this worker, for the rows.
         overwrite: results that are there do not count.
 
     Raises:
-        FaithDiffError: the models cannot be loaded.
+        FaithDiffError: what the task needs cannot be loaded.
     """
 
-    def __init__(self, restoration: Restoration, out: str, name: str, overwrite: bool = False) -> None:
-        self.restoration = restoration
+    def __init__(self, task: Task, out: str, name: str, overwrite: bool = False) -> None:
+        self.task = task
         self.out = out
         self.name = name
         self.overwrite = overwrite
-        self.pipeline = restoration.files.load()
+        self.engine = task.start()
 
-    def work(self, item: Item, progress: Progress | None = None) -> Report:
+    def work(self, item: Item) -> Report:
         """Do one item; a failure is a row like any other."""
         started = time.monotonic()
         row: Row = {
@@ -75,37 +58,42 @@ class Worker:
             "source": item.source,
             "state": "done",
             "worker": self.name,
-            "settings": self.restoration.digest,
+            "settings": self.task.digest,
             "stamp": item.stamp,
         }
-        before: LoadedImage | None = None
-        after: LoadedImage | None = None
+        images: list[Any] = []
         try:
-            self._check(item)
-            content = read(item.source)
-            row["bytes_read"] = len(content)
-            before = decode_image(content, _file_name(item.source))
-            text = self._text(item.source)
-            if self._done_before(item, before, text):
-                row["skipped"] = True
-            else:
-                made, notes = self._made(item, before, text, progress)
-                write(join(self.out, item.name), made.content)
-                after = made.image
-                row["height"], row["width"] = after.size
-                row["bytes_written"] = len(made.content)
-                row["notes"] = [*notes, *made.notes]
+            self._do(item, row, images)
         # Decoders and models of other packages raise whatever they like, and the other images are still to be done.
         except Exception as error:
             row["state"] = "failed"
             row["error"] = reason_of(error).splitlines()[0]
-            if is_out_of_memory(error):
-                free_memory()
+        failed = row["state"] == "failed"
+        if failed:
+            self.engine.free_memory()  # behind the except block, which holds the failed call's tensors
         row["seconds"] = round(time.monotonic() - started, 3)
         row["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        wanted = item.thumbnail or row["state"] == "failed"
-        images = [image for image in (before, after) if image is not None] if wanted else []
-        return Report(row, tuple(thumbnail(image) for image in images))
+        return Report(row, tuple(map(self.engine.thumbnail, images)) if item.thumbnail or failed else ())
+
+    def _do(self, item: Item, row: Row, images: list[Any]) -> None:
+        """Do the work, and put into `row` and `images` (before and after) what there is until something fails."""
+        self._check(item)
+        content = read(item.source)
+        row["bytes_read"] = len(content)
+        name = _file_name(item.source)
+        image = self.engine.read(content, name)
+        images.append(image)
+        given = Given(name, item.name, self._texts(item.source), self._mask(item.mask))
+        if self._done_before(item, image, given):
+            row["skipped"] = True
+            return
+        result = self.engine.work(image, given)
+        for file, made in result.files:
+            write(join(self.out, file), made)
+        images.append(result.image)
+        row["height"], row["width"] = result.size
+        row["bytes_written"] = sum(len(made) for _, made in result.files)
+        row["notes"] = list(result.notes)
 
     def _check(self, item: Item) -> None:
         """Say in the ordinary command's words what cannot work, before the work."""
@@ -116,107 +104,20 @@ class Worker:
         if problem:
             raise OSError(problem)
 
-    def _text(self, source: str) -> ImageText:
+    def _texts(self, source: str) -> dict[str, bytes]:
         stem = os.path.splitext(source)[0]
-        return self.restoration.text_from(_file_name(stem), lambda suffix: read_optional(stem + suffix))
+        found = {suffix: read_optional(stem + suffix) for suffix in self.task.caption_suffixes}
+        return {suffix: content for suffix, content in found.items() if content is not None}
 
-    def _done_before(self, item: Item, image: LoadedImage, text: ImageText) -> bool:
+    def _mask(self, mask: str) -> tuple[str, bytes] | None:
+        return (_file_name(mask), read(mask)) if mask else None
+
+    def _done_before(self, item: Item, image: Any, given: Given) -> bool:
         """Whether the result is there, though no row says so: a run was killed between the two."""
         if not item.unknown_result or self.overwrite:
             return False
-        if not (self.restoration.metadata and self.restoration.location):
-            return False  # the recipe does not tell whether the photograph's own metadata was left out
         content = read_optional(join(self.out, item.name))
-        return content is not None and recorded_recipe(content) == self.restoration.recipe(
-            _file_name(item.source), image, text
-        )
-
-    def _made(
-        self, item: Item, image: LoadedImage, text: ImageText, progress: Progress | None
-    ) -> tuple[Made, tuple[str, ...]]:
-        """Restore; where memory runs out, once more with smaller tiles."""
-        name, target = _file_name(item.source), Path(item.name)
-        try:
-            return self.restoration.make(self.pipeline, image, name, target, text, progress), ()
-        except Exception as error:
-            smaller = smaller_tiles(self.restoration.settings)
-            if not is_out_of_memory(error) or smaller == self.restoration.settings:
-                raise
-        free_memory()  # behind the except block, which holds the failed call's tensors
-        retry = replace(self.restoration, settings=smaller)
-        made = retry.make(self.pipeline, image, name, target, text, progress)
-        note = f"memory ran out; it was restored with smaller tiles ({smaller.tile} px, VAE {smaller.vae_tile} px)"
-        return made, (note,)
-
-
-def smaller_tiles(settings: RestoreSettings) -> RestoreSettings:
-    """The settings with half the tiles' sides, one tile a call, and everything in tiles."""
-
-    def half(side: int | None, default: int) -> int:
-        return max(MIN_TILE, (side or default) // 16 * 8)
-
-    return settings.changed(
-        tile=half(settings.tile, TILE_SIZE),
-        tile_batch=1,
-        encoder_tile=half(settings.encoder_tile, ENCODER_TILE),
-        vae_tile=half(settings.vae_tile, TILE_SIZE),
-    )
-
-
-def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out, on the GPU or beside it."""
-    import torch
-
-    while error is not None:
-        text = str(error).lower()
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-            return True
-        if isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text):
-            return True
-        error = error.__cause__
-    return False
-
-
-def free_memory() -> None:
-    """Give back what a failed call held."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def recorded_recipe(content: bytes) -> dict[str, Any] | None:
-    """The recipe in the metadata of a result's file; None where there is none, or the file is not whole."""
-    try:
-        metadata = decode_image(content, "result").metadata
-        block = ExifBlock() if metadata.exif is None else ExifBlock(metadata.exif)
-        described = (block.text(tag) or "" for tag in block.entries)
-        texts: dict[str, str] = next((json.loads(text) for text in described if text.startswith(_OWN)), {})
-        if content.startswith(b"\x89PNG"):
-            texts = getattr(open_pillow(content, "result"), "text", {})
-        recipe = json.loads(texts[METADATA_KEY])
-        return recipe if isinstance(recipe, dict) else None
-    except Exception:  # no image, or none of ours
-        return None
-
-
-def thumbnail(image: LoadedImage) -> str:
-    """A small JPEG file of an image, in base64; transparent parts are white."""
-    import torch.nn.functional as F
-    from PIL import Image
-
-    height, width = image.size
-    factor = min(1.0, THUMBNAIL_SIDE / max(height, width))
-    colors = image.colors.detach().float().cpu()
-    if image.alpha is not None:
-        colors = colors * image.alpha.cpu() + (1 - image.alpha.cpu())
-    size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    small = F.interpolate(colors[None], size=size, mode="area")[0]
-    buffer = io.BytesIO()
-    values = small.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(values).save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode()
+        return content is not None and self.engine.is_result(content, image, given)
 
 
 def _file_name(address: str) -> str:

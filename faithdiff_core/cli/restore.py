@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from ..engine.schedulers import SCHEDULERS
 from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
 from ..images.batch import Job, Report, find_jobs, left_out, possible
-from ..images.formats import left_out_note
+from ..images.formats import WRITE_SUFFIXES, left_out_note
 from ..images.geometry import check_positive
 from ..images.masks import find_masks
 from ..images.region import FEATHER
-from ..images.writing import WRITE_SUFFIXES
 from .jobs import attempt
 
 _EXAMPLES = """
@@ -51,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=_output,
+        type=_path_or_url,
         required=True,
         metavar="OUT",
         help=f"a folder or its URL; for a single image also a file ({', '.join(WRITE_SUFFIXES)})",
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WORDS",
         help="words of the prompt, with commas: NAME.attribution.png shows where in the image each of them acts",
     )
-    add_mask_options(parser)
+    add_mask_options(parser, _path_or_url)
     method = parser.add_argument_group("method")
     tiles = parser.add_argument_group("tiles")
     for name, what in described(RestoreSettings).items():
@@ -185,12 +184,12 @@ def add_text_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return text
 
 
-def add_mask_options(parser: argparse.ArgumentParser) -> None:
-    """Which part of each image is restored."""
+def add_mask_options(parser: argparse.ArgumentParser, kind: Callable[[str], Path | str] = Path) -> None:
+    """Which part of each image is restored; `kind` makes what `--mask` gives."""
     part = parser.add_argument_group("part of an image")
     part.add_argument(
         "--mask",
-        type=Path,
+        type=kind,
         metavar="FILE",
         help="an image of the same shape, white where the image is restored; the rest stays as it is. For several "
         "images, a folder with masks of the same names",
@@ -225,11 +224,7 @@ def run(args: argparse.Namespace) -> int:
             "--attribute shows words of one prompt, but with --captions tiles each tile gets another text. Leave one "
             "out, or take --tile-mix 0."
         )
-    if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output)):
-        if args.mask is not None:
-            raise SettingsError("--mask does not work with --workers or addresses; restore such images without them.")
-        if args.attribute:
-            raise SettingsError("--attribute does not work with --workers or addresses; leave them out.")
+    if args.workers is not None or any(is_url(str(word)) for word in (*args.inputs, args.output, args.mask)):
         return _run_archive(args, restoration)
     if args.gpus_per_worker is not None:
         raise SettingsError("--gpus-per-worker needs --workers.")
@@ -256,10 +251,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_archive(args: argparse.Namespace, restoration: Restoration) -> int:
+    from ..archive.restoring import RestoreTask
     from ..archive.run import Archive
 
+    task = RestoreTask(restoration)
     out = as_address(str(args.output))
-    archive = Archive(args.inputs, out, "." + args.format, restoration, args.overwrite, args.quiet)
+    masks = "" if args.mask is None else as_address(str(args.mask))
+    archive = Archive(args.inputs, out, "." + args.format, task, masks, args.overwrite, args.quiet)
     if args.workers in (None, 1):
         if args.gpus_per_worker is not None:
             raise SettingsError("--gpus-per-worker needs several workers: one works in this process.")
@@ -267,7 +265,7 @@ def _run_archive(args: argparse.Namespace, restoration: Restoration) -> int:
     else:
         from ..archive.cluster import Cluster
 
-        with Cluster(args.workers, args.gpus_per_worker, restoration, out, args.overwrite) as cluster:
+        with Cluster(args.workers, args.gpus_per_worker, task, out, args.overwrite) as cluster:
             outcome = archive.run(cluster.reports)
     report = Report(outcome.done, outcome.skipped, [*outcome.failures])
     return _ended(report, EXIT_CANCELLED if outcome.stopped else 0, args.quiet)
@@ -357,8 +355,8 @@ def _size_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {"scale": RestoreSettings().scale if args.scale is None else args.scale}
 
 
-def _output(word: str) -> Path | str:
-    """OUT: a URL would lose a slash as a path."""
+def _path_or_url(word: str) -> Path | str:
+    """A file or folder: a URL would lose a slash as a path."""
     return word if is_url(word) else Path(word)
 
 

@@ -191,7 +191,7 @@ class Restoration:
         image = load_image(source)
         region = None if mask is None else load_mask(mask, source.name, *image.size)
         if mask is not None:
-            also_record = {"mask": mask.name, "feather": self.feather, **(also_record or {})}
+            also_record = {**self.mask_record(mask.name), **(also_record or {})}
         text = self.text_for(source)
         made = self.make(pipeline, image, source.name, target, text, progress, also_record, region)
         if made.attribution is not None:
@@ -265,6 +265,10 @@ class Restoration:
         mix = {} if text.tiles is None else {"tile_mix": self.tile_mix}
         return {"source": name, "width": width, "height": height, **text.recorded(), **mix, **self._shared()}
 
+    def mask_record(self, mask: str) -> dict[str, Any]:
+        """What the metadata records besides where a mask by this name was used."""
+        return {"mask": mask, "feather": self.feather}
+
     @property
     def caption_suffixes(self) -> tuple[str, ...]:
         """Endings of the files beside an image that captions are taken from."""
@@ -307,8 +311,11 @@ class Restoration:
         facts = {**self._shared(), "prompt": self.prompt, "size": self.size, "captions": self.captions}
         facts["trim_captions"] = self.trim_captions
         facts |= {"metadata": self.metadata, "location": self.location}
+        # Only where they are not the default: what is restored already stays done.
         if self.tile_captions:
             facts |= {"tile_captions": True, "tile_mix": self.tile_mix}
+        facts |= {"feather": self.feather} if self.feather != FEATHER else {}
+        facts |= {"attribute": self.attribute} if self.attribute else {}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _shared(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..atomic import write_atomically
 from ..errors import ImageError, SettingsError
-from ..images.formats import list_folder, named_files, read_suffixes
+from ..images.formats import named_files, read_suffixes
+from ..images.listing import list_folder
 from ..images.reading import load_image
 from .metrics import ImageArray, Metric, available_metrics, lower_is_better, needs_reference
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import glob
 import os
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import ImageError, SettingsError
-from .formats import list_folder, read_suffixes
+from .formats import WRITE_SUFFIXES, read_suffixes
+from .listing import expand
 from .names import folder_problem, name_problem, real_path, result_names, source_problem
-from .writing import WRITE_SUFFIXES, check_output_name
+from .writing import check_output_name
 
 
 @dataclass(frozen=True)
@@ -85,34 +86,17 @@ def find_jobs(inputs: Sequence[str], output: Path, suffix: str) -> list[Job]:
 
 
 def _expand(word: str, output: Path) -> Iterator[tuple[Path, Path]]:
-    """Images that a word of the command line stands for, each with its name below the output folder.
-
-    Results of an earlier run, in an output folder below the input folder, are no inputs.
-    """
-    path = Path(word)
-    if os.path.isdir(path):
-        results = real_path(output)
-        if results == real_path(path):
-            raise SettingsError(f"{output} is the folder of the inputs. Choose another one for the results.")
-        for file in list_folder(path).files:
-            if results not in real_path(file).parents:
-                yield file, file.relative_to(path)
-    elif os.path.lexists(path) or not glob.has_magic(word):
-        # One that does not exist is a failure like any other: it must not keep the others from being done.
-        yield path, Path(path.name)
-    else:
-        for file in map(Path, sorted(glob.glob(word, recursive=True))):
-            if os.path.isfile(file):
-                yield file, Path(file.name)
+    """Images that a word of the command line stands for, sorted, each with its name below the output folder."""
+    found = expand(word, str(output), Counter())
+    return iter(sorted((Path(entry.address), Path(entry.name)) for entry in found))
 
 
-def left_out(inputs: Sequence[str], output: Path) -> list[Path]:
-    """Images in the folders among `inputs` whose formats are not read."""
-    results = real_path(output)
-    folders = [Path(word) for word in inputs if os.path.isdir(word)]
-    return [
-        file for folder in folders for file in list_folder(folder).left_out if results not in real_path(file).parents
-    ]
+def left_out(inputs: Sequence[str], output: Path) -> Counter[str]:
+    """Number of images in the folders among `inputs` whose formats are not read, by ending."""
+    counts: Counter[str] = Counter()
+    for word in filter(os.path.isdir, inputs):
+        deque(expand(word, str(output), counts), maxlen=0)
+    return counts
 
 
 def possible(jobs: Sequence[Job], report: Report) -> list[Job]:

@@ -14,7 +14,6 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,6 +48,9 @@ PLUGINS = {
     "JXL": ("pillow_jxl", "pillow-jxl-plugin", (".jxl",)),
 }
 """Formats that Pillow reads through a separate package: its module, its name for pip, endings of the files."""
+
+WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
+"""Formats that are written; 16 bits are kept by PNG and TIFF."""
 
 _ALSO = ("MPO",)
 """Formats that come under another's ending: phones keep a depth map or a preview beside a photograph in a .jpg."""
@@ -91,31 +93,12 @@ def pillow_formats() -> tuple[str, ...]:
     return tuple(name for name in names if name in Image.OPEN)
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder.
-
-    Attributes:
-        files: that can be read, sorted.
-        left_out: images of formats that are not read, sorted.
-    """
-
-    files: list[Path]
-    left_out: list[Path]
-
-    @property
-    def note(self) -> str:
-        """What a user should know about `left_out`; empty if nothing was."""
-        return left_out_note(self.left_out)
-
-
-def list_folder(folder: Path) -> ImageFolder:
-    """Find the images in a folder and its subfolders; hidden files, and the `._` files of macOS, are none."""
-    found: dict[bool, list[Path]] = {True: [], False: []}
-    for file in sorted(folder.rglob("*")):
-        if (readable := is_readable(file.name)) is not None and os.path.isfile(file):
-            found[readable].append(file)
-    return ImageFolder(found[True], found[False])
+def same_name(first: str, second: str) -> ImageError:
+    """The error for two files of which one is meant."""
+    return ImageError(
+        f"{first} and {second} have the same name but for their endings, and one of them is meant. Remove or rename "
+        f"the other."
+    )
 
 
 def named_files(folder: Path, files: Iterable[Path]) -> dict[str, Path]:
@@ -128,10 +111,7 @@ def named_files(folder: Path, files: Iterable[Path]) -> dict[str, Path]:
     for file in files:
         name = str(file.relative_to(folder).with_suffix(""))
         if name in found:
-            raise ImageError(
-                f"{found[name]} and {file} have the same name but for their endings, and one of them is meant. Remove "
-                f"or rename the other."
-            )
+            raise same_name(str(found[name]), str(file))
         found[name] = file
     return found
 
@@ -147,9 +127,8 @@ def is_readable(name: str) -> bool | None:
     return False if suffix in others else None
 
 
-def left_out_note(files: Iterable[Path]) -> str:
-    """In words, which images are left out, and what would read them."""
-    counts = Counter(file.suffix.lower() for file in files)
+def left_out_note(counts: Counter[str]) -> str:
+    """In words, which images are left out, and what would read them; `counts` has their number by ending."""
     if not counts:
         return ""
     packages = [package for _, package, suffixes in PLUGINS.values() if set(suffixes) & set(counts)]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ImageError, SettingsError
-from .formats import list_folder, named_files
-from .reading import load_image
+from .formats import named_files, read_content
+from .listing import list_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Found = TypeVar("Found")
 
 SHAPE_TOLERANCE = 0.02
 """How far a mask's width to height may be from the image's, as a part of it: rounding of a smaller mask's sides."""
@@ -29,37 +33,79 @@ def find_masks(images: Sequence[Path], masks: Path) -> dict[Path, Path]:
         ImageError: two masks have the same name.
     """
     if not masks.is_dir():
-        if len(images) > 1:
-            raise SettingsError(
-                f"{masks} is one mask, but there are {len(images)} images. Give a folder with a mask for each, named "
-                f"like the image."
-            )
-        if not os.path.exists(masks):
-            raise SettingsError(f"There is no mask {masks}.")
+        check_one_mask(str(masks), len(images), os.path.exists(masks))
         return dict.fromkeys(images, masks)
     found = {Path(name).parts: file for name, file in named_files(masks, list_folder(masks).files).items()}
-    longest = max((len(parts) for parts in found), default=0)
+    longest = max((len(key) for key in found), default=0)
     chosen: dict[Path, Path] = {}
     taken: dict[Path, Path] = {}
     for image in images:
-        parts = image.absolute().with_suffix("").parts
-        mask = next((found[parts[-n:]] for n in range(longest, 0, -1) if parts[-n:] in found), None)
+        mask = match_mask(image.absolute(), found.get, longest)
         if mask is None:
-            raise SettingsError(f"There is no mask for {image} in {masks}: no image by the name {image.stem}.")
+            raise no_mask(str(image), str(masks))
         if mask in taken:
-            raise SettingsError(
-                f"{mask} would be the mask of both {taken[mask]} and {image}. Put the masks into folders named like "
-                f"those of the images."
-            )
+            raise mask_taken_twice(str(mask), str(taken[mask]), str(image))
         chosen[image], taken[mask] = mask, image
     return chosen
 
 
-def load_mask(path: Path, image: str, height: int, width: int) -> Tensor:
-    """A mask from a file.
+def mask_key(name: PurePath) -> tuple[str, ...]:
+    """By what a mask is found: the parts of its name in the folder of masks, without the ending."""
+    return name.with_suffix("").parts
+
+
+def match_mask(image: PurePath, find: Callable[[tuple[str, ...]], Found | None], longest: int) -> Found | None:
+    """The mask of an image: the one with which it shares the most folders' names.
 
     Args:
-        path: an image; white is 1, black and what is transparent 0.
+        image: its whole path.
+        find: gives the mask of a `mask_key`, or None.
+        longest: most parts of a mask's key.
+    """
+    parts = mask_key(image)
+    lengths = range(min(longest, len(parts)), 0, -1)
+    return next((mask for length in lengths if (mask := find(parts[-length:])) is not None), None)
+
+
+def check_one_mask(masks: str, images: int, exists: bool) -> None:
+    """Refuse a mask that is no folder for several images, or is not there.
+
+    Raises:
+        SettingsError: it is so.
+    """
+    if images > 1:
+        raise SettingsError(
+            f"{masks} is one mask, but there are {images} images. Give a folder with a mask for each, named like the "
+            f"image."
+        )
+    if not exists:
+        raise SettingsError(f"There is no mask {masks}.")
+
+
+def no_mask(image: str, masks: str) -> SettingsError:
+    """The error for an image that has none."""
+    return SettingsError(f"There is no mask for {image} in {masks}: no image by the name {PurePath(image).stem}.")
+
+
+def mask_taken_twice(mask: str, first: str, second: str) -> SettingsError:
+    """The error for a mask that two images would share."""
+    return SettingsError(
+        f"{mask} would be the mask of both {first} and {second}. Put the masks into folders named like those of the "
+        f"images."
+    )
+
+
+def load_mask(path: Path, image: str, height: int, width: int) -> Tensor:
+    """A mask from a file; see `decode_mask`."""
+    return decode_mask(read_content(path), path.name, image, height, width)
+
+
+def decode_mask(content: bytes, name: str, image: str, height: int, width: int) -> Tensor:
+    """A mask from a file's bytes.
+
+    Args:
+        content: of an image; white is 1, black and what is transparent 0.
+        name: what to call it in messages.
         image: name of the image that it belongs to, for messages.
         height, width: of that image.
 
@@ -69,14 +115,16 @@ def load_mask(path: Path, image: str, height: int, width: int) -> Tensor:
     Raises:
         ImageError: it cannot be read, or has another shape than the image.
     """
-    loaded = load_image(path)
+    from .reading import decode_image
+
+    loaded = decode_image(content, name)
     mask = loaded.colors.mean(dim=0, keepdim=True)
     if loaded.alpha is not None:
         mask = mask * loaded.alpha
     rows, columns = mask.shape[-2:]
     if abs(rows * width - columns * height) > SHAPE_TOLERANCE * rows * width:
         raise ImageError(
-            f"The mask {path.name} is {columns} x {rows}, and {image} is {width} x {height}: another shape. Draw the "
-            f"mask on the image itself, or on one that is scaled alike in both directions."
+            f"The mask {name} is {columns} x {rows}, and {image} is {width} x {height}: another shape. Draw the mask "
+            f"on the image itself, or on one that is scaled alike in both directions."
         )
     return mask

@@ -16,6 +16,7 @@ import torch
 from ..atomic import write_atomically
 from ..errors import ImageError
 from .exif import DESCRIPTION, DOCUMENT, HOST_COMPUTER, MAKE, MODEL, X_RESOLUTION, ExifBlock
+from .formats import WRITE_SUFFIXES
 from .geometry import LARGEST_SIDE
 from .metadata import EXIF_HEADER, XMP_HEADER, Metadata
 from .png import SIGNATURE, XMP_KEYWORD
@@ -25,9 +26,6 @@ from .tiff_writer import encode_tiff
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
-
-WRITE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-"""Formats that are written; 16 bits are kept by PNG and TIFF."""
 
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that keep 16 bits."""

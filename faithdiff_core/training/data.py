@@ -13,7 +13,8 @@ from PIL import Image
 
 from ..captions.files import caption_text
 from ..errors import ImageError, MissingPackageError, SettingsError, install_extra
-from ..images.formats import list_folder, named_files, read_suffixes
+from ..images.formats import named_files, read_suffixes
+from ..images.listing import list_folder
 from ..images.reading import decode_image, load_image
 from .config import DataConfig, EnlargeMode
 from .degradation import to_image

@@ -200,8 +200,9 @@ def save(
     Raises:
         FaithDiffError: the format cannot hold the image, or the mask does not belong to it.
     """
+    from ...faithdiff_core.images.formats import WRITE_SUFFIXES
     from ...faithdiff_core.images.reading import LoadedImage
-    from ...faithdiff_core.images.writing import WRITE_SUFFIXES, save_image
+    from ...faithdiff_core.images.writing import save_image
 
     assert suffix in WRITE_SUFFIXES
     images = check_image(images, "images")

@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 import pytest
 import tifffile
 import torch
+from comfy_host.installation import NO_BROWSER, find_browser
 from PIL import Image
 from support.archive import files, rows
 from support.blocked import run_without
 
+from faithdiff_core.archive.cluster import places
 from faithdiff_core.archive.manifest import RowLog
 from faithdiff_core.archive.progress import RunProgress, duration
-from faithdiff_core.archive.storage import Entry, walk
+from faithdiff_core.archive.restoring import RestoreTask, is_out_of_memory, recorded_recipe, smaller_tiles
+from faithdiff_core.archive.storage import walk
 from faithdiff_core.archive.summary import write_summary
 from faithdiff_core.archive.work_list import Item, WorkList
-from faithdiff_core.archive.worker import Worker, is_out_of_memory, recorded_recipe, smaller_tiles
+from faithdiff_core.archive.worker import Worker
 from faithdiff_core.captions.tile_captions import ImageText
 from faithdiff_core.cli import main
 from faithdiff_core.engine import RestoreSettings
 from faithdiff_core.engine.restoration import ModelFiles, Restoration
 from faithdiff_core.errors import SettingsError
 from faithdiff_core.images.batch import find_jobs
+from faithdiff_core.images.listing import Entry
 from faithdiff_core.images.reading import decode_image
 
 if TYPE_CHECKING:
@@ -95,7 +102,8 @@ def test_the_ordinary_commands_files_and_nothing_twice(
         """Names of the files that another run writes, and its last count."""
         times = {name: (out / name).stat().st_mtime_ns for name in files(out)}
         main([*words, "-o", str(out), "--workers", "1", *more])
-        counts = next(line for line in reversed(capsys.readouterr().err.splitlines()) if " restored, " in line)
+        said = "".join(capsys.readouterr())
+        counts = next(line for line in reversed(said.splitlines()) if " restored, " in line)
         return {name for name in files(out) if times.get(name) != (out / name).stat().st_mtime_ns}, counts
 
     assert again() == (set(), "0 restored, 4 skipped (done before), 1 failed")
@@ -109,7 +117,51 @@ def test_the_ordinary_commands_files_and_nothing_twice(
     assert rows(out).keys() == first.keys()
     assert rows(out)["deep.tif"]["skipped"]
     assert again("--seed", "3")[0] == {"1912/b.tif", "a.jpg.tif", "a.png.tif", "deep.tif"}
+    words[1] = str(scans / "1912" / "*.png")  # a new caption of an image that is named, or of a pattern
+    assert again("--seed", "3", "--overwrite")[0] == {"b.tif"}
+    assert again("--seed", "3")[0] == set()
+    (scans / "1912" / "b.txt").write_text("A harbour in the fog.")
+    assert again("--seed", "3")[0] == {"b.tif"}
+    assert rows(out).keys() == (first.keys() - {"broken.tif"}) | {"b.tif"}  # what runs over other inputs made
+    words[1] = str(scans)
     assert again("--seed", "3", "--overwrite")[0] == {"1912/b.tif", "a.jpg.tif", "a.png.tif", "deep.tif"}
+
+
+def test_masks_and_attribution_maps_are_the_ordinary_commands(
+    tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a folder of masks, of which the longer name decides, by path and by URL; what changes is done again."""
+    scans, masks, plain = tmp_path / "scans", tmp_path / "masks", tmp_path / "plain"
+    for folder in (scans, scans / "deep", masks, masks / "deep"):
+        folder.mkdir(exist_ok=True)
+    for number, name in enumerate(("a", "deep/a")):
+        Image.fromarray(noise(number)).save(scans / f"{name}.png")
+        white = np.zeros((16, 24), np.uint8)
+        white[:, 8 * number : 8 + 8 * number] = 255
+        Image.fromarray(white).save(masks / f"{name}.tif")
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{masks}/", "/masks/", recursive=True)
+    words = ["restore", str(scans), "--scale", "1", "--feather", "2", "--prompt", "a cat", "--attribute", "cat", *model]
+    assert main([*words, "--mask", str(masks), "-o", str(plain)]) == 0
+    expected = files(plain)
+    assert sorted(expected) == ["a.attribution.png", "a.png", "deep/a.attribution.png", "deep/a.png"]
+    for place in (str(masks), "memory://masks"):
+        out = tmp_path / "out" / place[:2].strip("/")
+        again = [*words, "--mask", place, "--workers", "1", "-o", str(out)]
+        assert main(again) == 0
+        assert files(out) == expected
+        capsys.readouterr()
+        assert main(again) == 0
+        assert "0 restored, 2 skipped (done before), 0 failed" in capsys.readouterr().out
+    (out / "a.attribution.png").unlink()
+    memory.pipe_file("/masks/deep/a.tif", (masks / "a.tif").read_bytes())
+    assert main(again) == 0
+    assert "2 restored, 0 skipped (done before), 0 failed" in capsys.readouterr().out
+    changed = {name for name, content in files(out).items() if content != expected[name]}
+    assert changed == {"deep/a.png"} | {name for name in changed if name == "deep/a.attribution.png"}
+    Image.fromarray(noise(5)).save(scans / "b.png")
+    assert main(again) == 2
+    assert f"There is no mask for {scans / 'b.png'} in memory://masks" in capsys.readouterr().err
 
 
 def test_half_a_result_is_none(tmp_path: Path, tiny_sdxl: Path, golden: Golden) -> None:
@@ -162,6 +214,8 @@ def test_names_are_those_of_the_ordinary_command(tmp_path: Path) -> None:
         (["{in}", "-o", "{in}/b.png"], "is named like an image"),
         (["{in}/none", "-o", "{in}/out", "--gpus-per-worker", "1"], "--gpus-per-worker needs several workers"),
         (["{in}/empty", "-o", "{in}/out"], "There is no image in"),
+        (["{in}", "-o", "{in}/out", "--mask", "{in}/none.png"], "There is no mask"),
+        (["{in}/a.png", "{in}/b.png", "-o", "{in}/out", "--mask", "{in}/a.png"], "is one mask, but there are 2 images"),
         (["{in}", "-o", "{in}/out", "--workers", "0"], "expected a number of processes, ray or ray:ADDRESS, got 0"),
         (["nosuch://x/y", "-o", "{in}/out"], "nosuch://x/y cannot be opened"),
     ],
@@ -192,7 +246,7 @@ def test_out_of_memory(tmp_path: Path, tiny_sdxl: Path, golden: Golden) -> None:
     """The image is restored with smaller tiles, once; what does not fit even so is a failure like any other."""
     settings = RestoreSettings(steps=1, cfg=1.0)
     restoration = Restoration(LittleMemory(tiny_sdxl, golden.model, dtype="fp32", device="cpu"), settings)
-    worker = Worker(restoration, str(tmp_path / "out"), "here")
+    worker = Worker(RestoreTask(restoration), str(tmp_path / "out"), "here")
     for name, width in (("a", 24), ("b", 40)):
         Image.fromarray(noise(0, width=width)).save(tmp_path / f"{name}.png")
     small = worker.work(Item(1, str(tmp_path / "a.png"), "a.png", ""))
@@ -251,6 +305,49 @@ def test_the_summary_page(tmp_path: Path) -> None:
     assert "6 of 7 images are shown" in page
     assert "<dt>Not tried yet</dt><dd>1</dd>" in page
     assert "http" not in page
+
+
+def test_the_page_sorts_by_numbers(tmp_path: Path) -> None:
+    """In a browser: a second click on a heading turns the order around."""
+    found = find_browser()
+    if found is None:
+        pytest.skip(NO_BROWSER)
+    work, small = WorkList(), RowLog(str(tmp_path), "thumbnails.jsonl", "parts")
+    seconds = [0.5, 19.2, 0.12, 100.5, 2.0]
+    work.add([Entry(f"/in/{number}.png", f"{number}.png", "1") for number in range(len(seconds))])
+    work.name_results(".png")
+    for number, each in enumerate(seconds):
+        work.finish({"name": f"{number}.png", "state": "done", "seconds": each, "worker": "w"})
+        small.add({"name": f"{number}.png", "images": []})
+    small.close()
+    write_summary(str(tmp_path), work, small)
+    work.close()
+    page = tmp_path / "summary.html"
+    click = "document.evaluate(\"//button[.='Seconds']\", document, null, 9).singleNodeValue.click();"
+    page.write_text(page.read_text() + f"<script>{click}{click}</script>")
+    command = [str(found[0]), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    rows = done.stdout.partition("<tbody>")[2].partition("</tbody>")[0]
+    order = re.findall(r'class="number" data-value="([^"]+)">[^<]+<', rows)
+    assert [float(value) for value in order] == sorted(seconds, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("node", "gpus", "expected"),
+    [
+        ({"CPU": 8.0}, 0.0, 8),
+        ({"CPU": 8.0, "GPU": 2.0}, 0.0, 8),
+        ({"CPU": 8.0, "GPU": 2.0}, 1.0, 2),
+        ({"CPU": 8.0, "GPU": 2.0}, 0.5, 4),
+        ({"CPU": 8.0, "GPU": 2.0}, 0.4, 4),  # not 5: no part of a GPU is on two
+        ({"CPU": 8.0, "GPU": 1.0}, 1 / 3, 3),
+        ({"CPU": 8.0, "GPU": 3.0}, 2.0, 1),
+        ({"CPU": 2.0, "GPU": 4.0}, 1.0, 2),
+        ({"CPU": 8.0}, 1.0, 0),
+    ],
+)
+def test_places_for_workers(node: dict[str, float], gpus: float, expected: int) -> None:
+    assert places(node, 1.0, gpus) == expected
 
 
 def test_progress() -> None:

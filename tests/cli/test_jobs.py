@@ -123,7 +123,7 @@ def test_left_out_files_are_found(tmp_path: Path) -> None:
     for name in ("b.cr2", "out/c.cr2", "._a.psd"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert left_out([str(tmp_path)], tmp_path / "out") == [tmp_path / "b.cr2"]
+    assert left_out([str(tmp_path)], tmp_path / "out") == {".cr2": 1}
 
 
 def test_a_name_that_the_console_cannot_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ from PIL import EpsImagePlugin, Image, ImageCms, PngImagePlugin
 
 from faithdiff_core.errors import ImageError, MissingPackageError
 from faithdiff_core.images.depth import av1_or_hevc_bits, jxl_size_and_bits
-from faithdiff_core.images.formats import SUFFIXES, list_folder, pillow_formats, read_suffixes
+from faithdiff_core.images.formats import SUFFIXES, pillow_formats, read_suffixes
+from faithdiff_core.images.listing import list_folder
 from faithdiff_core.images.reading import LoadedImage, decode_image, load_image
 from faithdiff_core.images.writing import save_image
 
