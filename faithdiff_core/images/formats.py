@@ -62,6 +62,11 @@ _OTHER_SUFFIXES = (
 """Endings of images that are not read; a folder's listing names them instead of passing them over."""
 
 
+WEBP_SIDE = 16383
+"""Most pixels along a side of a WebP frame. Only an animation's canvas can claim more, and libwebp then spends minutes
+on a file of a few bytes (WebP container specification, chunks VP8X and ANMF)."""
+
+
 def _plugin_here(name: str) -> bool:
     try:
         return importlib.util.find_spec(PLUGINS[name][0]) is not None
@@ -198,6 +203,11 @@ def open_pillow(content: bytes, name: str) -> Image:
             f"of one of these formats is corrupted."
         ) from error
     check_pixels(name, *image.size)
+    if image.format == "WEBP" and max(image.size) > WEBP_SIDE:
+        raise ImageError(
+            f"{name} is corrupted: a WebP canvas of {image.width} x {image.height} pixels, whose frames have at most "
+            f"{WEBP_SIDE} a side. Get the file again."
+        )
     return image
 
 

@@ -89,6 +89,17 @@ def test_every_format_is_read(kind: str, tolerance: int, end: str) -> None:
             decode_image(cut, "a")
 
 
+def test_a_canvas_that_no_frame_fills_is_refused() -> None:
+    frames = [Image.fromarray(_noise(20, 24, 3)) for _ in range(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", save_all=True, append_images=frames[1:])
+    content = bytearray(buffer.getvalue())
+    at = content.index(b"VP8X") + 12  # behind the flags: width - 1 and height - 1, of 24 bits
+    content[at : at + 3] = (7_000_000 - 1).to_bytes(3, "little")
+    with pytest.raises(ImageError, match="a WebP canvas of 7000000 x 20 pixels"):
+        decode_image(bytes(content), "a.webp")
+
+
 def test_a_folder_says_what_is_left_out(tmp_path: Path) -> None:
     for name in ("a.JPG", "b.jfif", "sub/c.jpe", "d.psd", "e.CR2", "f.txt", "._a.JPG", ".h.png", "sub/g.psd"):
         path = tmp_path / name
