@@ -30,7 +30,7 @@ from .checks import mask_of_images
 from .difference_patches import UNET_KEY_PREFIX, add_difference, by_strength
 from .graph_types import AdapterModels, LQFeatures
 from .lora_patches import add_lora_patches
-from .prediction_type import check_guess, check_mixable, take_sampling
+from .prediction_type import check_guess, check_mixable, take_sampling, warn_of_mark
 from .step_progress import work_progress
 from .tiled_prediction import add_sampling_wrappers
 
@@ -170,6 +170,7 @@ def load_faithdiff(
                 remedy = "Set unet_strength to 1 (FaithDiff's U-Net), for all blocks, or to 0 (your own)."
                 check_mixable(model, "model", remedy, weights.prediction)
             take_sampling(model, weights.backbone, weights.prediction)
+            warn_of_mark(model, weights)
             _blend_unet(model, weights, weights.unet, strengths)
         elif weights.lora is not None and strengths.most > 0.0:
             add_lora_patches(model, weights, weights.lora, strengths)

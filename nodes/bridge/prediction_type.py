@@ -8,8 +8,10 @@ the image would be mud. It also guesses what a U-Net of SD 2.1 predicts, by its 
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_base
 import comfy.model_sampling
 import torch
 
@@ -121,6 +123,22 @@ def check_guess(model: ModelPatcher, weights: FaithDiffWeights) -> None:
         f"predicts {IN_WORDS[prediction]}. If this is that U-Net, put ModelSamplingDiscrete with "
         f"`{SAMPLING_NAMES[prediction]}` in front; else connect the MODEL that it was trained with."
     )
+
+
+def warn_of_mark(model: ModelPatcher, weights: FaithDiffWeights) -> None:
+    """Warn where ComfyUI would save a MODEL, whose U-Net FaithDiff's replaces, under the mark of the old one.
+
+    Its saving nodes ask the base model what it predicts, which all clones of a MODEL share, and not the patches. A base
+    model of its own would set that right, but what was put onto the MODEL before may hold on to the old one, as
+    torch.compile does: it would run the U-Net that was to be replaced.
+    """
+    if weights.prediction == NOISE and model.model.model_type == comfy.model_base.ModelType.V_PREDICTION:
+        logging.warning(
+            f"FaithDiff Model Loader: `model` is still marked as a v-prediction model, but the U-Net of "
+            f"{weights.path.name}, which replaces its own, predicts noise. It restores as it should, but Save "
+            f"Checkpoint writes the old mark. To save it, disconnect `model` (the U-Net is the same), or put "
+            f"ModelSamplingDiscrete with `eps` behind the Load Checkpoint that loads the saved file."
+        )
 
 
 def take_sampling(model: ModelPatcher, backbone: Backbone, prediction: str) -> None:

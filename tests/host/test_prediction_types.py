@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comfy_host import Host
+from safetensors.torch import load_file
 from support.host_sampling import images, load, relative
 
 MARKS = {"v": ("v_pred",), "zero SNR": ("v_pred", "ztsnr"), "EDM": ("edm_mean", "edm_std")}
@@ -33,6 +37,36 @@ def test_faithdiffs_weights_bring_their_own(host: Host, kind: str) -> None:
     assert not isinstance(
         other.get_model_object("model_sampling"), type(right.model.get_model_object("model_sampling"))
     )
+
+
+def saved(model: Any, folder: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    """What ComfyUI's saving nodes write: the U-Net's tensors, and the marks of what a checkpoint predicts."""
+    saving = importlib.import_module("comfy_extras.nodes_model_merging")
+    saving.save_checkpoint(model, filename_prefix="saved", output_dir=str(folder))
+    (path,) = folder.iterdir()
+    state, prefix = load_file(path), "model.diffusion_model."
+    marks = tuple(key for key in state if not key.startswith(prefix))
+    return {key.removeprefix(prefix): value for key, value in state.items() if key not in marks}, marks
+
+
+@pytest.mark.parametrize("kind", MARKS)
+@torch.no_grad()
+def test_a_saved_replacement_and_its_mark(
+    host: Host, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A saved file restores to the same image unless ComfyUI keeps an old mark, which a warning says."""
+    with caplog.at_level(logging.WARNING):
+        setup = load(host, model=base(host, kind, "other"))
+    warned = "still marked as a v-prediction model" in caplog.text
+    features = setup.features(images(64, 64))
+    expected = setup.restore(features, steps=2)
+    state, marks = saved(setup.model, tmp_path)
+    loaded = host.testpack.models.tiny_model(state, marks)
+    as_marked = load(host, model=loaded, unet_strength=0.0).restore(features, steps=2)
+    assert (relative(as_marked, expected) > 1e-2) == warned
+    corrected = host.call("ModelSamplingDiscrete", model=loaded, sampling="eps", zsnr=False)[0]
+    restored = load(host, model=corrected, unet_strength=0.0).restore(features, steps=2)
+    assert relative(restored, expected) < 1e-5
 
 
 @torch.no_grad()
