@@ -1,7 +1,7 @@
 """The sampler's tiles: where they lie, and how their results become one image.
 
-Tiles all have one size and are merged with Gaussian weights. All positions are in latent units unless a name says
-pixels; one latent unit is 8 pixels.
+Tiles all have one size and are merged with weights that are largest in their middle. All positions are in latent units
+unless a name says pixels; one latent unit is 8 pixels.
 """
 
 from __future__ import annotations
@@ -95,6 +95,16 @@ def gaussian_weights(height: int, width: int) -> Tensor:
     return torch.outer(gaussian_window(height, height / 2), gaussian_window(width, (width - 1) / 2))
 
 
+def triangular_window(length: int) -> Tensor:
+    """Merge weights along one side that fall linearly to the tile's borders, (length,), float64.
+
+    Where two tiles overlap, their normalized weights run linearly from one to the other over the whole overlap;
+    Gaussian ones do so within the middle of it.
+    """
+    position = torch.arange(length, dtype=torch.float64) + 0.5
+    return torch.minimum(position, length - position)
+
+
 @dataclass(frozen=True)
 class Tile:
     """A rectangle of a latent, in latent units.
@@ -130,6 +140,7 @@ class TileGrid:
         tile: tile side in pixels, a multiple of 8 from 64.
         overlap: fraction of a tile that neighbours share, 0 to 0.9.
         rows, columns: first positions of the tiles along each side, which must cover it. Default to the published ones.
+        linear: merge with weights that fall linearly to the tiles' borders; else with the published Gaussian ones.
 
     Raises:
         SettingsError: a size or an overlap out of range.
@@ -144,6 +155,7 @@ class TileGrid:
         *,
         rows: Sequence[int] | None = None,
         columns: Sequence[int] | None = None,
+        linear: bool = False,
     ) -> None:
         if height < 1 or width < 1:
             raise SettingsError(
@@ -157,6 +169,7 @@ class TileGrid:
         self.tile_height, self.tile_width = min(self.tile, height), min(self.tile, width)
         self.rows = tile_starts(height, self.tile, stride) if rows is None else list(rows)
         self.columns = tile_starts(width, self.tile, stride) if columns is None else list(columns)
+        self.linear = linear
         self._row_index = {start: i for i, start in enumerate(self.rows)}
         self._column_index = {start: i for i, start in enumerate(self.columns)}
         self._windows: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -183,11 +196,17 @@ class TileGrid:
 
     @cached_property
     def _row_weights(self) -> Tensor:
-        return _normalized(self.rows, gaussian_window(self.tile_height, self.tile_height / 2), self.height)
+        size = self.tile_height
+        return _normalized(
+            self.rows, triangular_window(size) if self.linear else gaussian_window(size, size / 2), self.height
+        )
 
     @cached_property
     def _column_weights(self) -> Tensor:
-        return _normalized(self.columns, gaussian_window(self.tile_width, (self.tile_width - 1) / 2), self.width)
+        size = self.tile_width
+        return _normalized(
+            self.columns, triangular_window(size) if self.linear else gaussian_window(size, (size - 1) / 2), self.width
+        )
 
     def weights(
         self, tile: Tile, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32

@@ -83,7 +83,9 @@ class _Side:
 class TileGrids:
     """The tile grid of each step of a sampling run.
 
-    All grids of a run have the same number of tiles, of one size. Merge weights are normalised for each grid.
+    All grids of a run have the same number of tiles, of one size. Merge weights are normalized for each grid: Gaussian
+    ones where it is fixed, as published; linear ones where it moves, which are nearer to the result of one tile there
+    (docs/performance.md).
 
     Args:
         height, width: the latent's size in latent units.
@@ -144,6 +146,8 @@ class TileGrids:
             # Strings seed it through SHA-512, the same in every version of Python and on every machine.
             draw = random.Random(f"{self.seed} {level}")
             rows, columns = self._rows.starts(draw), self._columns.starts(draw)
-            grid = TileGrid(self.height, self.width, self.tile_pixels, self.overlap, rows=rows, columns=columns)
+            grid = TileGrid(
+                self.height, self.width, self.tile_pixels, self.overlap, rows=rows, columns=columns, linear=True
+            )
             self._last = (level, grid)
         return self._last[1]

@@ -60,6 +60,18 @@ def test_merging_loses_nothing(size: tuple[int, int]) -> None:
         torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-12, atol=0)
 
 
+def test_weights_run_linearly_from_one_tile_to_the_next() -> None:
+    grid = moving(16, 104, 128).at(SIGMAS[0])
+    assert grid.rows == [0]
+    before, after = grid.tiles[2:4]
+    shared = before.left + 16 - after.left
+    assert shared >= 2
+    rising = (torch.arange(shared, dtype=torch.float64) + 0.5) / shared
+    weights = [grid.weights(tile, dtype=torch.float64)[7] for tile in (before, after)]
+    torch.testing.assert_close(weights[1][:shared], rising, rtol=1e-12, atol=0)
+    torch.testing.assert_close(weights[0][-shared:], rising.flip(0), rtol=1e-12, atol=0)
+
+
 def test_grids_follow_from_seed_and_noise_level() -> None:
     one, again = moving(64, 80, 128, seed=5), moving(64, 80, 128, seed=5)
     forwards = [one.at(sigma).starts for sigma in SIGMAS]
@@ -97,6 +109,7 @@ def test_fixed_is_the_published_grid() -> None:
     grids = TileGrids(25, 33, 128, 0.5)
     published = TileGrid(25, 33, 128, 0.5)
     assert all(grids.at(sigma).tiles == published.tiles for sigma in SIGMAS)
+    assert torch.equal(grids.at(SIGMAS[0]).weights(published.tiles[0]), published.weights(published.tiles[0]))
     assert (len(grids), grids.tile_height, grids.tile_width) == (len(published), 16, 16)
     assert (moving(9, 33, 128).tile_height, moving(9, 33, 128).tile_width) == (9, 16)
 
