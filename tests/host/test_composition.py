@@ -196,6 +196,11 @@ def test_loras_keep_their_strength(host: Host, features: Any) -> None:
     )
 
 
+def test_lora(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
+    model = host.call("TestLoRA", model=setup.model, seed=9, strength=0.8)[0]
+    assert compare(setup, grid, lambda tile: tile_conds(setup, features, tile), model=model) < TOLERANCE
+
+
 def test_adapter_file_leaves_the_unet_alone(host: Host, setup: Setup, features: Any, adapter_file: str) -> None:
     base = host.call("TestModel", weights="other", seed=4)[0]
     adapter = load(host, adapter_file, model=base)
@@ -365,15 +370,14 @@ def test_two_regions(host: Host, setup: Setup, features: Any, grid: TileGrid) ->
 
 
 def test_perp_neg(host: Host, setup: Setup, features: Any, grid: TileGrid) -> None:
-    """Perpendicular guidance looks at the whole latent, so by hand it is computed from three merged predictions.
+    """Perpendicular guidance looks at the whole latent, so by hand it is computed from three merged predictions: each
+    is made tile by tile without tiling.
 
     The empty prompt passes through no FaithDiffConditioning; it is about the same image as the others all the same.
     """
     empty = host.call("TestConditioning", which="random", seed=8)[0]
-    positive, negative = setup.conditioned(features)
     noise = gaussian(1, 4, HEIGHT // 8, WIDTH // 8)
     latent = {"samples": torch.zeros_like(noise)}
-    model = tiled_model(setup, setup.model, grid)
     cfg, neg_scale = 4.0, 0.7
 
     def perp_neg(m: Any, p: Any, n: Any) -> Any:
@@ -381,13 +385,19 @@ def test_perp_neg(host: Host, setup: Setup, features: Any, grid: TileGrid) -> No
             "PerpNegGuider", model=m, positive=p, negative=n, empty_conditioning=empty, cfg=cfg, neg_scale=neg_scale
         )[0]
 
-    def predicted(conditioning: Any) -> Tensor:
-        guider = host.call("BasicGuider", model=model, conditioning=conditioning)[0]
-        return setup.guided(guider, noise, latent, SIGMAS)
+    def merged(conditioning: Callable[[Conds], Any]) -> Tensor:
+        out = torch.zeros_like(noise)
+        for tile in grid.tiles:
+            part = conditioning(tile_conds(setup, features, tile))
+            guider = host.call("BasicGuider", model=setup.model, conditioning=part)[0]
+            x = tile.crop(noise)
+            tile.crop(out).add_(setup.guided(guider, x, {"samples": torch.zeros_like(x)}, SIGMAS) * grid.weights(tile))
+        return out
 
-    result = sample(setup, model, (positive, negative), noise, latent, perp_neg)
-    nothing = predicted([[empty[0][0], {**positive[0][1], **empty[0][1]}]])
-    pos, neg = predicted(positive) - nothing, predicted(negative) - nothing
+    model = tiled_model(setup, setup.model, grid)
+    result = sample(setup, model, setup.conditioned(features), noise, latent, perp_neg)
+    nothing = merged(lambda conds: [[empty[0][0], {**conds[0][0][1], **empty[0][1]}]])
+    pos, neg = merged(lambda conds: conds[0]) - nothing, merged(lambda conds: conds[1]) - nothing
     perpendicular = neg - (neg * pos).sum() / (pos**2).sum() * pos
     assert relative(result, nothing + cfg * (pos - neg_scale * perpendicular)) < TOLERANCE
 
