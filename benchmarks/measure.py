@@ -26,9 +26,11 @@ class Spread:
 
     Attributes:
         values: in the order in which they were taken.
+        quartiles: first and third, of a report that kept no more than these and the median.
     """
 
     values: tuple[float, ...]
+    quartiles: tuple[float, float] | None = None
 
     @property
     def median(self) -> float:
@@ -45,6 +47,8 @@ class Spread:
         return self._quartiles()[1]
 
     def _quartiles(self) -> tuple[float, float]:
+        if self.quartiles is not None:
+            return self.quartiles
         if len(self.values) == 1:
             return self.values[0], self.values[0]
         first, _, third = statistics.quantiles(self.values, n=4, method="inclusive")

@@ -66,19 +66,18 @@ CONTROLNET_ONLY: dict[str, Any] = {"conditioning_embedding_out_channels": (16, 3
 """What diffusers' ControlNet has beyond the U-Net that it is a copy of."""
 
 CONTROLNET_XS: dict[str, Any] = {
-    "ctrl_block_out_channels": [32, 64, 128],
-    "ctrl_num_attention_heads": [5, 10, 20],
     "ctrl_conditioning_embedding_out_channels": (16, 32, 96, 256),
     "time_embedding_mix": 1.0,
 }
-"""A ControlNet-XS of a tenth of SDXL's width, as `ControlNetXSAdapter.from_unet(unet, size_ratio=0.1)` has it."""
+"""What a ControlNet-XS has beyond the U-Net; its width is a tenth of the U-Net's, as
+`ControlNetXSAdapter.from_unet(unet, size_ratio=0.1)` has it."""
 
 SMALL_UNET: dict[str, Any] = UNET | {
     "block_out_channels": [320, 320, 640],
     "transformer_layers_per_block": [1, 1, 1],
     "attention_head_dim": [5, 5, 10],
 }
-"""A U-Net with SDXL's conv_in and a tenth of its weights, for what a CPU can train."""
+"""A U-Net with SDXL's conv_in and a tenth of its weights, for what a CPU can train and time."""
 
 _POOL = 2**20
 
@@ -142,35 +141,30 @@ def _controlnet_config(unet_config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in unet_config.items() if key not in left_out} | CONTROLNET_ONLY
 
 
-def controlnet(device: torch.device, dtype: torch.dtype) -> Any:
-    """A ControlNet for SDXL of diffusers (1.25 billion parameters)."""
+def controlnet(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:
+    """A ControlNet of diffusers for SDXL (1.25 billion parameters), or for `SMALL_UNET`."""
     from diffusers import ControlNetModel
 
-    return _ready(_empty(ControlNetModel, _controlnet_config(UNET), device, dtype), 7)
+    return _ready(_empty(ControlNetModel, _controlnet_config(SMALL_UNET if small else UNET), device, dtype), 7)
 
 
-def controlnet_xs(device: torch.device, dtype: torch.dtype) -> Any:
-    """SDXL's U-Net with a ControlNet-XS in it, of diffusers."""
+def controlnet_xs(device: torch.device, dtype: torch.dtype, *, small: bool = False) -> Any:
+    """SDXL's U-Net with a ControlNet-XS in it, of diffusers, or `SMALL_UNET` with one of a tenth of its width."""
     from diffusers import UNetControlNetXSModel
 
+    unet_config = SMALL_UNET if small else UNET
     left_out = ("in_channels", "out_channels", "layers_per_block", "attention_head_dim")
-    config = {key: value for key, value in UNET.items() if key not in left_out} | CONTROLNET_XS
-    config["num_attention_heads"] = UNET["attention_head_dim"]
-    return _ready(_empty(UNetControlNetXSModel, config, device, dtype), 8)
+    config = {key: value for key, value in unet_config.items() if key not in left_out}
+    config["num_attention_heads"] = config["ctrl_num_attention_heads"] = unet_config["attention_head_dim"]
+    config["ctrl_block_out_channels"] = [channels // 10 for channels in unet_config["block_out_channels"]]
+    return _ready(_empty(UNetControlNetXSModel, config | CONTROLNET_XS, device, dtype), 8)
 
 
-def small_unet(device: torch.device) -> Any:
-    """The U-Net of `SMALL_UNET`, float32."""
+def small_unet(device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The U-Net of `SMALL_UNET`."""
     from diffusers import UNet2DConditionModel
 
-    return _ready(_empty(UNet2DConditionModel, SMALL_UNET, device, torch.float32), 9)
-
-
-def small_controlnet(device: torch.device) -> Any:
-    """A ControlNet for `SMALL_UNET`, float32."""
-    from diffusers import ControlNetModel
-
-    return _ready(_empty(ControlNetModel, _controlnet_config(SMALL_UNET), device, torch.float32), 10)
+    return _ready(_empty(UNet2DConditionModel, SMALL_UNET, device, dtype), 9)
 
 
 def vae(device: torch.device, dtype: torch.dtype) -> Any:

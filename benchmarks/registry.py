@@ -16,6 +16,7 @@ from . import (
     rows_lora,
     rows_peers,
     rows_quantized,
+    rows_upscaler,
     shared,
 )
 from .results import Result
@@ -66,6 +67,8 @@ ROWS = (
     Row("nodes", "the nodes against plain SDXL in ComfyUI", rows_host.restoration, "host"),
     Row("nodes-tiled", "tiles through the nodes against untiled steps", rows_host.tiled, "host"),
     Row("supir", "the nodes against ComfyUI's SUPIR", rows_host.supir, "host"),
+    Row("supir-counts", "operations and parameters beside SUPIR", rows_host.supir_counts, "host", on_gpu=False),
+    Row("upscaler-time", "a whole image beside UltimateSDUpscale", rows_upscaler.time_rows, "host"),
     Row("vae", "LQ encode and tiled decode against ComfyUI's tiled functions", rows_host.vae, "host"),
 )
 

@@ -89,6 +89,7 @@ class Result:
                     "low": spread.low,
                     "high": spread.high,
                     "values": list(spread.values),
+                    "quartiles": spread.quartiles,
                 }
         data["target"] = None if self.target is None else str(self.target)
         return data | {"verdict": self.verdict}
@@ -99,7 +100,8 @@ class Result:
         values = {item.name: data[item.name] for item in fields(cls)}
         for name in ("ours", "peer", "ratio"):
             if values[name] is not None:
-                values[name] = Spread(tuple(values[name]["values"]))
+                quartiles = values[name].get("quartiles")
+                values[name] = Spread(tuple(values[name]["values"]), None if quartiles is None else tuple(quartiles))
         if values["target"] is not None:
             relation, bound = values["target"].split(" ")
             values["target"] = Target(relation, float(bound))
@@ -119,8 +121,8 @@ def memory(row: str, case: str, ours: int, peer: int | None, peer_name: str = ""
     if peer is None:
         return Result(row, case, "MiB", mebi, **kw)
     other = Spread((peer / 2**20,))
-    ratio = mebi.over(other) if peer else None
-    return Result(row, case, "MiB", mebi, other, peer_name, ratio, "peak memory", **kw)
+    more: dict[str, Any] = {"ratio": mebi.over(other) if peer else None, "ratio_name": "peak memory"} | kw
+    return Result(row, case, "MiB", mebi, other, peer_name, **more)
 
 
 def missing(row: str, case: str, why: str, target: Target | None = None) -> Result:
@@ -229,6 +231,6 @@ def _figure(spread: Spread | None, unit: str = "") -> str:
     if spread is None:
         return ""
     text = f"{spread.median:.4g} {unit}".strip()
-    if len(spread.values) > 1:
+    if len(spread.values) > 1 or spread.quartiles is not None:
         text += f" [{spread.low:.3g} .. {spread.high:.3g}]"
     return text

@@ -245,6 +245,40 @@ def supir(settings: Settings) -> Iterator[Result]:
     )
 
 
+def supir_counts(settings: Settings) -> Iterator[Result]:
+    """Operations and parameters of sampling at 1024 px with ComfyUI's SUPIR, without weights."""
+    host.start_host()
+    size, scheduled = PUBLISHED_SIZE, STEPS
+    calls, their_parameters = host.supir_counts(size)
+    once = counts.lq_encode(size) + counts.embedding(size)
+    sizes = counts.parameter_counts()
+    our_parameters = sizes["U-Net"] + sizes["alignment"] + sizes["LQ encoder"]
+    operations = scheduled * (counts.unet_call(size) + counts.alignment_call(size)) + once
+    for case, unit, scale, ours, theirs, name in (
+        (
+            f"operations of sampling, {scheduled} steps, {size} px, LQ encode included",
+            "TFLOP",
+            1e12,
+            operations,
+            scheduled * calls + counts.lq_encode(size),
+            "operations",
+        ),
+        ("parameters for sampling", "M parameters", 1e6, our_parameters, their_parameters, "parameters"),
+    ):
+        mine, other = Spread((ours / scale,)), Spread((theirs / scale,))
+        yield Result(
+            "supir-counts",
+            case,
+            unit,
+            mine,
+            other,
+            "ComfyUI's SUPIR",
+            other.over(mine),
+            f"their {name} over ours",
+            kind="counted",
+        )
+
+
 def vae(settings: Settings) -> Iterator[Result]:
     """LQ encode and tiled VAE decode against ComfyUI's tiled functions: time, memory, difference to untiled."""
     running = host.start_host()

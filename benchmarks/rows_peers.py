@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from faithdiff_core.tiling.grid import TileGrid
+from faithdiff_core.models.alignment import Alignment
+from faithdiff_core.tiling.grid import TILE_OVERLAP
+from faithdiff_core.tiling.moving import MOVING_OVERLAP, TileGridKind, TileGrids
 
 from . import counts, models
 from .measure import Spread, Work, free_memory, interleaved, peak_bytes
@@ -32,6 +35,8 @@ PAPER_TRAINING = 80628 / 50990
 
 UPSCALER_PADDING = 32
 """Pixels that UltimateSDUpscale adds to a tile's side by default (its input `tile_padding`)."""
+
+_SMALL = "a U-Net with a tenth of the weights"
 
 TRAINING_SIZE = 256
 """Pixels of the images of the training row."""
@@ -84,79 +89,89 @@ def counted(settings: Settings) -> Iterator[Result]:
 
 
 def measured(settings: Settings) -> Iterator[Result]:
-    """Time of a guided U-Net call, and its peak with all weights."""
-    size = settings.loop_sizes[0]
+    """Time of a guided U-Net call, and its peak with all weights; with a small U-Net on a CPU."""
+    size, small = settings.loop_sizes[0], settings.on_cpu
     made: dict[str, Any] = {"device": settings.device, "dtype": settings.dtype}
     inputs = models.unet_inputs(2, size // SCALE, **made)
     hint = torch.rand(2, 3, size, size, **made)
-    unet = shared_unet(settings.device, settings.dtype)
-    ours = _faithdiff_call(settings, unet, inputs, size)
+    unet = models.small_unet(**made) if small else shared_unet(**made)
+    alignment, encoder = models.alignment(**made), models.lq_encoder(torch.device("meta"), settings.dtype)
+    _, _, condition = alignment_inputs(settings, size)
+    ours = _Side(
+        lambda: _faithdiff_call(unet, alignment, inputs, condition),
+        sum(map(counts.parameters, (unet, alignment, encoder))),
+    )
     with torch.inference_mode():
-        for name, build in (("ControlNet", _controlnet_call), ("ControlNet-XS", _controlnet_xs_call)):
-            theirs, weights = build(settings, unet, inputs, hint)
-            yield from _against(settings, f"guided pair, {size} px, {settings.dtype_name}", ours, theirs, name, weights)
+        for name, build in (("ControlNet", _controlnet_side), ("ControlNet-XS", _controlnet_xs_side)):
+            theirs = build(unet, inputs, hint, small)
+            yield from _against(settings, f"guided pair, {size} px, {settings.dtype_name}", ours, theirs, name)
             del theirs
             free_memory(settings.device)
 
 
-def _controlnet_call(settings: Settings, unet: Any, inputs: dict[str, Any], hint: Tensor) -> tuple[Work, int]:
-    """A U-Net call with a ControlNet beside it, and the number of parameters of both."""
-    controlnet = models.controlnet(settings.device, settings.dtype)
+@dataclass(frozen=True)
+class _Side:
+    """A U-Net call with what joins it, and the number of all parameters."""
+
+    call: Work
+    parameters: int
+
+
+def _controlnet_side(unet: Any, inputs: dict[str, Any], hint: Tensor, small: bool) -> _Side:
+    """A U-Net call with a ControlNet beside it."""
+    controlnet = models.controlnet(hint.device, hint.dtype, small=small)
 
     def call() -> Any:
         down, middle = controlnet(**inputs, controlnet_cond=hint, return_dict=False)
         return unet(**inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
 
-    return call, counts.parameters(unet) + counts.parameters(controlnet)
+    return _Side(call, counts.parameters(unet) + counts.parameters(controlnet))
 
 
-def _controlnet_xs_call(settings: Settings, unet: Any, inputs: dict[str, Any], hint: Tensor) -> tuple[Work, int]:
-    """A call of a U-Net with a ControlNet-XS in it, and the number of its parameters."""
-    joint = models.controlnet_xs(settings.device, settings.dtype)
-    return lambda: joint(**inputs, controlnet_cond=hint), counts.parameters(joint)
+def _controlnet_xs_side(unet: Any, inputs: dict[str, Any], hint: Tensor, small: bool) -> _Side:
+    """A call of a U-Net with a ControlNet-XS in it."""
+    joint = models.controlnet_xs(hint.device, hint.dtype, small=small)
+    return _Side(lambda: joint(**inputs, controlnet_cond=hint), counts.parameters(joint))
 
 
-def _faithdiff_call(settings: Settings, unet: Any, inputs: dict[str, Any], size: int) -> Work:
+def _faithdiff_call(unet: Any, alignment: Alignment, inputs: dict[str, Any], condition: Tensor) -> Any:
     """A U-Net call with the alignment on it; the condition is embedded, as it is in all steps but the first."""
-    alignment = models.alignment(settings.device, settings.dtype)
-    _, _, condition = alignment_inputs(settings, size)
-
-    def join(module: nn.Module, arguments: Any, h: Tensor) -> Tensor:
-        return torch.add(h, alignment.residual(h[:1], condition))
-
-    def call() -> Any:
-        handle = unet.conv_in.register_forward_hook(join)
-        try:
-            return unet(**inputs)
-        finally:
-            handle.remove()
-
-    return call
+    handle = unet.conv_in.register_forward_hook(
+        lambda module, arguments, h: torch.add(h, alignment.residual(h[:1], condition))
+    )
+    try:
+        return unet(**inputs)
+    finally:
+        handle.remove()
 
 
-def _against(
-    settings: Settings, case: str, ours: Work, theirs: Work, name: str, their_parameters: int
-) -> Iterator[Result]:
-    times = interleaved(settings, {"ours": ours, "peer": theirs}, settings.close_rounds)
+def _against(settings: Settings, case: str, ours: _Side, theirs: _Side, name: str) -> Iterator[Result]:
+    times = interleaved(settings, {"ours": ours.call, "peer": theirs.call}, settings.close_rounds)
+    note = f"their operations {counts.count(theirs.call) / counts.count(ours.call):.3f} of ours here"
+    if settings.on_cpu:
+        note += f"; {_SMALL}"
     yield timed(
         "peers",
         case,
         times["ours"],
         times["peer"],
-        f"SDXL with {name}",
+        f"U-Net with {name}",
         ratio=times["peer"].over(times["ours"]),
         ratio_name="their time over ours",
-        note=f"the paper's times: {PAPER[name]}, at {PUBLISHED_SIZE} px in fp16",
+        note=f"{note}; the paper: {PAPER[name]}",
     )
-    sizes = counts.parameter_counts()
-    our_parameters = sizes["U-Net"] + sizes["alignment"] + sizes["LQ encoder"]
+    mine, other = (
+        side.parameters * settings.dtype.itemsize + peak_bytes(settings.device, side.call) for side in (ours, theirs)
+    )
     yield memory(
         "peers",
         f"peak with weights, {case}",
-        our_parameters * settings.dtype.itemsize + peak_bytes(settings.device, ours),
-        their_parameters * settings.dtype.itemsize + peak_bytes(settings.device, theirs),
-        f"SDXL with {name}",
-        note="weights counted, activations measured",
+        mine,
+        other,
+        f"U-Net with {name}",
+        ratio=Spread((other / mine,)),
+        ratio_name="their peak over ours",
+        note="weights counted, activations measured" + (f"; {_SMALL}" if settings.on_cpu else ""),
     )
 
 
@@ -171,8 +186,9 @@ def training(settings: Settings) -> Iterator[Result]:
         ours,
         theirs,
         "ControlNet on a frozen U-Net",
-        note=f"a U-Net of {models.SMALL_UNET['block_out_channels']} channels; the paper, with its own baseline: "
-        f"{PAPER_TRAINING:.2f} times ours",
+        ratio=Spread((theirs / ours,)),
+        ratio_name="their peak over ours",
+        note=f"{_SMALL}; the paper, with its own baseline: {PAPER_TRAINING:.2f}",
     )
 
 
@@ -216,7 +232,7 @@ def _faithdiff_training(device: torch.device) -> tuple[list[nn.Parameter], Work]
 
 def _controlnet_training(device: torch.device) -> tuple[list[nn.Parameter], Work]:
     unet = models.small_unet(device)
-    controlnet = models.small_controlnet(device)
+    controlnet = models.controlnet(device, torch.float32, small=True)
     inputs = models.unet_inputs(1, TRAINING_SIZE // SCALE, device, torch.float32)
     hint = torch.rand(1, 3, TRAINING_SIZE, TRAINING_SIZE, device=device)
 
@@ -236,26 +252,29 @@ def upscaler_tiles(side: int, tile: int) -> int:
 
 
 def upscaler(settings: Settings) -> Iterator[Result]:
-    """Operations a step in tiles of 1024 px with the published overlap against UltimateSDUpscale's tiles."""
+    """U-Net calls and operations a step in tiles of 1024 px, fixed and moving, against UltimateSDUpscale's tiles."""
     tile = PUBLISHED_SIZE
     padded = tile + UPSCALER_PADDING
+    ours_a_tile = counts.unet_call(tile) + counts.alignment_call(tile)
     for side in (2048, 4096, 8192):
-        mine = len(TileGrid(side // SCALE, side // SCALE, tile))
         theirs = upscaler_tiles(side, tile)
-        ours = mine * (counts.unet_call(tile) + counts.alignment_call(tile))
-        peer = theirs * counts.unet_call(padded)
-        yield Result(
-            "peers",
-            f"operations a step, {side} px, {mine} tiles of {tile}",
-            "TFLOP",
-            Spread((ours / 1e12,)),
-            Spread((peer / 1e12,)),
-            f"UltimateSDUpscale, {theirs} tiles of {padded}",
-            Spread((ours / peer,)),
-            "operations",
-            kind="counted",
-            note="its tiles are sampled one after the other and pasted; each is encoded and decoded on its own",
-        )
+        peer = Spread((theirs * counts.unet_call(padded) / 1e12,))
+        for kind, overlap in ((TileGridKind.FIXED, TILE_OVERLAP), (TileGridKind.MOVING, MOVING_OVERLAP)):
+            mine = len(TileGrids(side // SCALE, side // SCALE, tile, overlap, kind))
+            # A fixed tile is embedded once for all steps, a moving one in each.
+            embedding = counts.embedding(tile) / (STEPS if kind is TileGridKind.FIXED else 1)
+            ours = Spread((mine * (ours_a_tile + embedding) / 1e12,))
+            yield Result(
+                "upscaler",
+                f"U-Net calls and operations a step, {side} px, {kind.value} {overlap:g}: {mine} tiles of {tile}",
+                "TFLOP",
+                ours,
+                peer,
+                f"UltimateSDUpscale, {theirs} tiles of {padded}",
+                ours.over(peer),
+                "operations",
+                kind="counted",
+            )
 
 
 def rows(settings: Settings) -> Iterator[Result]:

@@ -50,6 +50,8 @@ def main() -> int:
                 line = sorted(
                     (tiles / all_tiles, near - published, overlap) for k, overlap, tiles, near in points if k == kind
                 )
+                if not line:
+                    continue
                 x, y, _ = zip(*line, strict=True)
                 axis.plot(x, y, MARKS[sampler] + "-", color=COLORS[kind], alpha=0.85, label=f"{kind}, {sampler}")
                 if sampler == "euler":

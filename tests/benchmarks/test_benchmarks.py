@@ -136,7 +136,7 @@ def test_counts_follow_the_shapes() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_the_peers_cost_what_their_parts_cost() -> None:
     results = list(rows_peers.rows(settings()))
-    assert {result.row for result in results} == {"peers"}
+    assert {result.row for result in results} == {"peers", "upscaler"}
     whole = [result for result in results if result.case.startswith("operations of sampling")]
     unet, meta = counts.unet_call(1024), torch.device("meta")
     controlnet = models.controlnet(meta, torch.float32)
@@ -145,8 +145,9 @@ def test_the_peers_cost_what_their_parts_cost() -> None:
     beside = 20 * (unet + counts.count(lambda: controlnet(**inputs, controlnet_cond=hint)))
     assert whole[0].peer is not None
     assert whole[0].peer.median == pytest.approx(beside / 1e12)
-    tiles = [result for result in results if result.case.startswith("operations a step")]
-    assert [result.peer_name.split(", ")[1] for result in tiles] == [f"{n} tiles of 1056" for n in (4, 16, 64)]
+    tiles = [result for result in results if result.row == "upscaler"]
+    assert [result.peer_name.split(", ")[1] for result in tiles[::2]] == [f"{n} tiles of 1056" for n in (4, 16, 64)]
+    assert [result.case.split(": ")[1] for result in tiles[-2:]] == ["225 tiles of 1024", "81 tiles of 1024"]
     for result in results:
         json.dumps(result.as_dict())
         assert result.ours is not None

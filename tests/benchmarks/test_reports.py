@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def test_the_gpu_preset_asks_for_a_gpu_and_leaves_out_rows_without_one() -> None
     with pytest.raises(SystemExit, match="needs a GPU"):
         command.main(["--device", "cpu", "--preset", "gpu"])
     elsewhere = {row.name for row in registry.ROWS if not row.on_gpu}
-    assert elsewhere == {"floor", "import", "files", "lora", "quantized", "tile-grid", "tile-grid-time"}
+    assert elsewhere == {"floor", "import", "files", "lora", "quantized", "tile-grid", "tile-grid-time", "supir-counts"}
 
 
 def test_reports_survive_json() -> None:
@@ -81,9 +82,11 @@ def test_reports_survive_json() -> None:
         Result("a", "case", "ms", Spread((1.0, 2.0)), Spread((2.0, 4.0)), "peer", Spread((0.5, 0.5)), "time"),
         Result("b", "case", "s", Spread((0.2,)), target=Target("<=", 0.15), kind="counted", note="why"),
         missing("c", "case", "needs a GPU", Target(">=", 2.0)),
+        Result("d", "case", "ms", Spread((2.0,), quartiles=(1.5, 2.25))),
     ]
     report = Report("command", {"device": "cpu"}, results, ["a", "b"])
     assert Report.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    assert "2 ms [1.5 .. 2.25]" in table(report.results)
 
 
 def test_tables_are_made_from_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,3 +107,10 @@ def test_the_documents_hold_the_tables_of_their_reports(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert "<!-- table: " in text
     assert document.filled(text) == text
+
+
+def test_the_figures_of_performance_md_are_in_no_table_written_by_hand() -> None:
+    text = (document.REPO / "docs" / "performance.md").read_text(encoding="utf-8")
+    by_hand = re.sub(r"<!-- table: .*?<!-- end of table -->", "", text, flags=re.DOTALL)
+    assert by_hand != text
+    assert [line for line in by_hand.splitlines() if line.startswith("|")] == []

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import comfy_host
 import pytest
-from support.other_packs import FOLDER_VARIABLE, NO_PACKS, packs_folder
+from comfy_host import FOLDER_VARIABLE, packs_folder
+from support.other_packs import NO_PACKS
 
 HERE = Path(__file__).resolve().parent
 

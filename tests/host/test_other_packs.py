@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import Host
+from comfy_host import Host, load_pack, packs_folder
 from safetensors.torch import load_file, save_file
 from support.host_sampling import Setup, images, load, random_restoration, relative, sized
 from support.node_survey import Survey, find_nodes, survey_setup
@@ -28,8 +28,6 @@ from support.other_packs import (
     defaults,
     face,
     gguf_model,
-    load_pack,
-    packs_folder,
     with_ipadapter,
     write_gguf,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,45 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from comfy_host import Host
+from comfy_host import FOLDER_VARIABLE, Host
 from torch import Tensor, nn
-
-FOLDER_VARIABLE = "FAITHDIFF_PACKS"
 
 NO_PACKS = (
     f"{FOLDER_VARIABLE} IS NOT SET: the tests with other packs are SKIPPED. Clone the packs that docs/compatibility.md "
     "names into a folder, install their requirements, and set the variable to that folder."
 )
-
-
-def packs_folder() -> Path | None:
-    """The folder with clones of other packs, or None if the variable is not set.
-
-    Raises:
-        NotADirectoryError: the variable is set and is no folder.
-    """
-    named = os.environ.get(FOLDER_VARIABLE)
-    if not named:
-        return None
-    folder = Path(named).expanduser().resolve()
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{FOLDER_VARIABLE} is {folder}, which is no folder.")
-    return folder
-
-
-def load_pack(host: Host, folder: Path) -> set[str]:
-    """Load a pack as the host does, with a server that listens to nobody.
-
-    Returns:
-        Ids of the pack's nodes.
-    """
-    server = importlib.import_module("server").PromptServer
-    if getattr(server, "instance", None) is None:
-        server(asyncio.new_event_loop())
-    before = host.node_ids
-    nodes = importlib.import_module("nodes")
-    assert asyncio.run(nodes.load_custom_node(str(folder), before)), f"ComfyUI could not load {folder}"
-    return host.node_ids - before
 
 
 def module_of(end: str) -> ModuleType:

@@ -25,10 +25,12 @@ from .installation import (
     quick_demo,
     write_placeholders,
 )
+from .other_packs import FOLDER_VARIABLE, load_pack, packs_folder
 from .page import NodeBox, Page, PageResult
 from .server import Job, JobResult, Server
 
 __all__ = [
+    "FOLDER_VARIABLE",
     "GOLDEN",
     "NODES",
     "NO_BROWSER",
@@ -55,6 +57,8 @@ __all__ = [
     "Server",
     "find_browser",
     "find_host",
+    "load_pack",
+    "packs_folder",
     "prepare_base",
     "quick_demo",
     "write_placeholders",
