@@ -12,6 +12,7 @@ from ...faithdiff_core.errors import WeightsError
 from ...faithdiff_core.weights.block_strengths import BlockStrengths
 from ...faithdiff_core.weights.faithdiff_file import FaithDiffWeights, Part
 from ...faithdiff_core.weights.merging import LEAST_SIMILARITY, cosine, sample_of
+from ...faithdiff_core.weights.quantization import MARK
 from ...faithdiff_core.weights.unet_shapes import UNetConfig
 from .backbones import check_backbone
 from .prediction_type import check_mixable
@@ -51,6 +52,12 @@ def add_difference(
     for name, patcher in (("model", model), ("base_model", base)):
         check_backbone(patcher, name, path, backbone)
         check_mixable(patcher, name, _REMEDY, weights.prediction)
+    if any(key.endswith(f".{MARK}") for key in base.model.state_dict()):
+        # `get_key_patches` fails for such a MODEL, in ComfyUI's own merges, too.
+        raise WeightsError(
+            f"`base_model` is quantized, and ComfyUI cannot subtract quantized weights. Load the file that it was made "
+            f"from, in fp16, bf16 or fp8 without scales. {_REMEDY}"
+        )
     names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     base_weights = base.get_key_patches(UNET_KEY_PREFIX)
     own = model.model.state_dict().keys()

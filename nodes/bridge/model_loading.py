@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -79,10 +80,13 @@ def _unet_model(
         model_options["dtype"] = dtype
         if dtype == torch.float8_e4m3fn:
             model_options["fp8_optimizations"] = True
-    model = comfy.sd.load_diffusion_model_state_dict(
-        unet_tensors(unet), model_options=model_options, disable_dynamic=disable_dynamic
+    tensors = unet_tensors(unet)
+    # For quantized tensors of unknown sizes ComfyUI's loader fails with an error of Python's.
+    known = unet.quantized is None or _is_known(tensors)
+    model = known and comfy.sd.load_diffusion_model_state_dict(
+        tensors, model_options=model_options, disable_dynamic=disable_dynamic
     )
-    if model is None:
+    if not model:
         raise WeightsError(
             f"{path.name}: ComfyUI does not know a U-Net of these sizes ({unet.config}); the published "
             f"file has SDXL's. Connect an {weights.backbone.name} MODEL to `model`, or use the published file."
@@ -90,6 +94,12 @@ def _unet_model(
     take_sampling(model, weights.backbone, prediction)
     model.cached_patcher_init = (load_unet, (str(path), weight_dtype))
     return model
+
+
+def _is_known(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether ComfyUI knows a U-Net with these tensors, under its own names."""
+    config = comfy.model_detection.detect_unet_config(tensors, "")
+    return config is not None and comfy.model_detection.model_config_from_unet_config(config, tensors) is not None
 
 
 def unet_tensors(unet: Part[UNetConfig]) -> dict[str, torch.Tensor]:
