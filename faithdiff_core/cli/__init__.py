@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _written_out(words: Sequence[str]) -> list[str]:
     """The words with `--captions` alone as `--captions=image`: argparse would take an image behind it for its value."""
-    after = [*words[1:], ""]
+    after = [*words, ""][1:]
     return [
         "--captions=image" if word == "--captions" and value not in ("image", "tiles") else word
         for word, value in zip(words, after, strict=True)
