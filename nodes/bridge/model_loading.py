@@ -82,11 +82,12 @@ def _unet_model(
             model_options["fp8_optimizations"] = True
     tensors = unet_tensors(unet)
     # For quantized tensors of unknown sizes ComfyUI's loader fails with an error of Python's.
-    known = unet.quantized is None or _is_known(tensors)
-    model = known and comfy.sd.load_diffusion_model_state_dict(
-        tensors, model_options=model_options, disable_dynamic=disable_dynamic
-    )
-    if not model:
+    model = None
+    if unet.quantized is None or _is_known(tensors):
+        model = comfy.sd.load_diffusion_model_state_dict(
+            tensors, model_options=model_options, disable_dynamic=disable_dynamic
+        )
+    if model is None:
         raise WeightsError(
             f"{path.name}: ComfyUI does not know a U-Net of these sizes ({unet.config}); the published "
             f"file has SDXL's. Connect an {weights.backbone.name} MODEL to `model`, or use the published file."
