@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ImageError, MissingPackageError, install_extra
 from .depth import av1_or_hevc_bits, jpeg2000_bits, jxl_size_and_bits, read_netpbm
 from .formats import check_pixels, no_pixel_limit, open_pillow, read_content
+from .jpeg import check_complete as check_complete_jpeg
 from .metadata import Metadata, check_metadata, pillow_metadata
 from .png import PngFile, check_complete, read_png
 from .tiff import TiffPage, check_layout, check_pieces, main_page, read_samples
@@ -149,6 +150,8 @@ def _decode(content: bytes, name: str) -> _Decoded:
         if netpbm is not None:
             values, bits = netpbm
             return _Decoded(values, bits, 1, None, notes)
+    if image.format in ("JPEG", "MPO"):
+        check_complete_jpeg(content)
     if image.format == "JPEG2000" and image.mode != "I;16" and jpeg2000_bits(content) > 8:
         raise _too_deep(name, "JPEG 2000", jpeg2000_bits(content))
     return _decode_pillow(image, name, icc, notes, None if png is None else (png.exif, png.xmp, png.dpi))
@@ -180,7 +183,7 @@ def _decode_tiff(content: bytes, name: str) -> _Decoded:
     if page.needs_own_reader:
         values, more = read_samples(content, page, name)
         return _Decoded(values, page.bits, page.orientation, page.icc, notes + more, about)
-    check_pieces(page)
+    check_pieces(page, content)
     image = _open_tiff(content, page, name)
     return _decode_pillow(image, name, page.icc, notes, about)
 

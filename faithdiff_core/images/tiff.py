@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ImageError
 from .exif import exif_of_tiff
 from .formats import check_pixels, no_pixel_limit
+from .jpeg import check_complete, frame_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,7 @@ _PHOTOMETRIC_NAMES = {
     9: "ICCLab", 10: "ITULab", 32803: "raw sensor data", 34892: "raw sensor data",
 }  # fmt: skip
 _FORMAT_NAMES = {1: "", 2: "signed ", 3: "floating-point ", 5: "complex ", 6: "complex "}
-_YCBCR, _OLD_JPEG = 6, 6
+_YCBCR, _OLD_JPEG, _JPEG, _JPEG_TABLES = 6, 6, 7, 347
 _SHORT = "its strips or tiles are shorter than their rows"
 _COMPRESSIONS = {1, 5, 8, 32773, 32946, 34925, 50000}
 """None, LZW, deflate (two numbers), PackBits, LZMA and Zstandard: those that unpack to the samples' own bytes."""
@@ -229,11 +230,15 @@ def check_layout(page: TiffPage, name: str) -> None:
         )
 
 
-def check_pieces(page: TiffPage) -> None:
+def check_pieces(page: TiffPage, content: bytes) -> None:
     """See that strips or tiles cover the image; Pillow fills in black, or other bytes of the file, where they do not.
 
+    Args:
+        page: of a layout that Pillow reads.
+        content: of the file.
+
     Raises:
-        ValueError: there are too few, or uncompressed ones are shorter than their rows.
+        ValueError: there are too few, or uncompressed ones or those of JPEG are shorter than their rows.
     """
     compression = page.number(_COMPRESSION, 1)
     if compression == _OLD_JPEG:
@@ -242,6 +247,15 @@ def check_pieces(page: TiffPage) -> None:
     planes = page.samples if page.number(_PLANAR, 1) == 2 else 1
     pieces = page.pieces(len(page.numbers(_TILE_OFFSETS if tiled else _STRIP_OFFSETS)) // planes) * planes
     counts = page.numbers(_TILE_COUNTS if tiled else _STRIP_COUNTS)
+    if compression == _JPEG and planes == 1:
+        tables = page.tags.get(_JPEG_TABLES, b"")
+        starts = page.numbers(_TILE_OFFSETS if tiled else _STRIP_OFFSETS)
+        for start, count, (columns, rows) in zip(starts, counts, pieces, strict=False):
+            piece = content[start : start + count]
+            width, height = frame_size(piece)
+            if width < columns or height < rows:
+                raise ValueError(_SHORT)
+            check_complete(tables[:-2] + piece[2:] if isinstance(tables, bytes) and tables else piece)
     if compression != 1 or page.number(_PHOTOMETRIC, -1) == _YCBCR or not any(counts):
         return
     bits = page.bits * page.samples // planes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -98,6 +99,77 @@ def test_a_canvas_that_no_frame_fills_is_refused() -> None:
     content[at : at + 3] = (7_000_000 - 1).to_bytes(3, "little")
     with pytest.raises(ImageError, match="a WebP canvas of 7000000 x 20 pixels"):
         decode_image(bytes(content), "a.webp")
+
+
+@pytest.mark.parametrize("height", [62760, 31528])
+def test_a_header_that_claims_more_rows(height: int) -> None:
+    """One byte of a file of 40 rows is another: TIFF lists too few strips for it, a GIF's canvas may be that high."""
+    values = _noise(40, 48, 3)
+    tiff = bytearray(_encoded(values, "TIFF"))
+    entry = tiff.index(struct.pack("<H", 257), struct.unpack_from("<I", tiff, 4)[0])
+    tiff[entry + 9] = height >> 8
+    with pytest.raises(ImageError, match=r"it has 1 strips or tiles, .* are needed"):
+        decode_image(bytes(tiff), "a.tif")
+    gif = bytearray(_encoded(values, "GIF"))
+    gif[9] = height >> 8
+    assert decode_image(bytes(gif), "a.gif").size == (height, 48)
+
+
+JPEG_KINDS = [
+    {},
+    {"progressive": True},
+    {"subsampling": 0},
+    {"restart_marker_rows": 1},
+    {"quality": 100, "optimize": True},
+]
+
+
+@pytest.mark.parametrize("options", JPEG_KINDS, ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_no_rows_of_a_jpeg_are_made_up(mode: str, options: dict[str, int]) -> None:
+    """libjpeg fills in what is missing before an end marker, and says nothing."""
+
+    def encoded(values: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(values).convert(mode).save(buffer, "JPEG", **options)
+        return buffer.getvalue()
+
+    for values in (_noise(70, 90, 3), np.full((70, 90, 3), 99, np.uint8), _noise(1, 1, 3)):
+        assert decode_image(encoded(values), "a.jpg").size == values.shape[:2]
+    content = encoded(_noise(70, 90, 3))
+    frame = max(content.find(bytes((0xFF, kind))) for kind in (0xC0, 0xC1, 0xC2))
+    taller = bytearray(content)
+    taller[frame + 6] += 40
+    last = content.rindex(b"\xff\xda")
+    cut = content[: (last + len(content)) // 2].rstrip(b"\xff") + b"\xff\xd9"
+    for damaged in (bytes(taller), cut):
+        with pytest.raises(ImageError, match="corrupted or truncated"):
+            decode_image(damaged, "a.jpg")
+
+
+def test_what_follows_a_jpeg_is_not_its_data() -> None:
+    buffer = io.BytesIO()
+    frames = [Image.fromarray(_noise(40, 48, 3)) for _ in range(2)]
+    frames[0].save(buffer, "MPO", save_all=True, append_images=frames[1:])
+    for content in (buffer.getvalue(), _encoded(_noise(40, 48, 3), "JPEG") + b"a video" * 99):
+        assert decode_image(content, "a.jpg").size == (40, 48)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs the permissions of POSIX")
+def test_permission_denied_is_named() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "a.png"
+        path.write_bytes(_encoded(_noise(4, 4, 3), "PNG"))
+        path.chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            with pytest.raises(ImageError, match=r"a\.png cannot be read: Permission denied\."):
+                load_image(path)
+        finally:
+            os.seteuid(user)
 
 
 def test_a_folder_says_what_is_left_out(tmp_path: Path) -> None:

@@ -189,6 +189,24 @@ def test_no_pixels_are_made_up(options: dict[str, Any], planes: str, bits: int) 
             decode_image(bytes(few), "a.tif")
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_jpeg_in_strips_is_as_high_as_they_are(mode: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, "TIFF", compression="jpeg", tiffinfo={278: 16})
+    content = buffer.getvalue()
+    assert decode_image(content, "a.tif").size == (H, W)
+    with tifffile.TiffFile(io.BytesIO(content)) as file:
+        start, count = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]
+    lower, early = bytearray(content), bytearray(content)
+    frame = content.index(b"\xff\xc0", start)
+    lower[frame + 5 : frame + 7] = struct.pack(">H", 8)
+    early[start + count - count // 4 : start + count - count // 4 + 2] = b"\xff\xd9"
+    for damaged in (lower, early):
+        with pytest.raises(ImageError, match=r"shorter than their rows|end before the image"):
+            decode_image(bytes(damaged), "a.tif")
+
+
 def test_directories_in_a_circle_end() -> None:
     content = bytearray(_written(_counts(RGB, 16), photometric="rgb"))
     (first,) = struct.unpack_from("<I", content, 4)
