@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import torch
@@ -14,6 +14,9 @@ from ...faithdiff_core.errors import SettingsError
 from ...faithdiff_core.tiling.grid import Tile
 from .graph_types import CONDITION_KEY, LQCondition
 from .sampling_run import CallCondition
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
 
 Conds = Sequence[list[dict[str, Any]] | None]
 """ComfyUI's: the conditionings of each prompt (positive, negative, ...); None for a prompt that is left out."""
@@ -105,6 +108,20 @@ def _in_part(cond: dict[str, Any]) -> bool:
 def _same(one: LQCondition, other: LQCondition) -> bool:
     a, b = one.features.tensor, other.features.tensor
     return a is b or (a.shape == b.shape and a.device == b.device and torch.equal(a, b))
+
+
+def check_channels(latents: Tensor, model: BaseModel) -> None:
+    """Check that latents are of the kind that a model denoises.
+
+    Raises:
+        SettingsError: they have another number of channels.
+    """
+    expected = model.latent_format.latent_channels
+    if latents.shape[1] != expected:
+        raise SettingsError(
+            f"FaithDiff: expected latents of {expected} channels, as the MODEL has them, got {latents.shape[1]}: "
+            f"{tuple(latents.shape)}. Encode the image with the VAE of the MODEL's checkpoint."
+        )
 
 
 def check_features(active: Active, x_in: Tensor, backbone: Backbone | None) -> None:

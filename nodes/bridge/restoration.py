@@ -18,6 +18,7 @@ from ...faithdiff_core.errors import NotFiniteError, SettingsError
 from ...faithdiff_core.finite import is_finite
 from ...faithdiff_core.sampling.schedule import StartPoint, sampling_sigmas, start_latent
 from ...faithdiff_core.tiling.grid import Tile
+from .active_conditions import check_channels
 from .alignment_patch import find_patch
 from .graph_types import LQCondition, LQFeatures
 from .lq_conditioning import Conditioning, with_lq
@@ -133,6 +134,8 @@ def _latent(
         device = comfy.model_management.intermediate_device()
         return {"samples": torch.zeros(lq_features.tensor.shape[0], channels, height, width, device=device)}
     samples = latent_image["samples"]
+    if samples.ndim == 4:
+        check_channels(samples, model.model)
     if samples.ndim != 4 or tuple(samples.shape[-2:]) != (height, width):
         raise SettingsError(
             f"latent_image must be {width * VAE_SCALE_FACTOR} x {height * VAE_SCALE_FACTOR} pixels like the image of "

@@ -25,6 +25,7 @@ from .active_conditions import (
     active_conditions,
     call_conditions,
     carries_lq,
+    check_channels,
     check_encoded,
     check_features,
     other_tiler,
@@ -195,6 +196,7 @@ def calc_cond_batch(
             f"FaithDiff: expected image latents of shape (batch, channels, height, width), got {tuple(x_in.shape)}. "
             f"Video models cannot be used."
         )
+    check_channels(x_in, model)
     patch = patch_among(options)
     check_features(active, x_in, None if patch is None else patch.backbone)
     height, width = x_in.shape[-2:]

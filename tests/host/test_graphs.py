@@ -243,6 +243,10 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     expect(host, "Connect the prepared image through VAE Encode", name, **sampler)
     small = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}}
     expect(host, "must be 96 x 64 pixels", name, **(sampler | small))
+    sd3 = {"samples": torch.rand(1, 16, 8, 12)}
+    expect(
+        host, "expected latents of 4 channels, as the MODEL has them, got 16", name, **(sampler | {"latent_image": sd3})
+    )
     two_features = setup.features(images(64, 96, batch=2))
     three = {"lq_features": two_features, "latent_image": {"samples": torch.zeros(3, 4, 8, 12)}}
     expect(host, "holds 3 images, the LQ features 2", name, **(sampler | three))
@@ -282,6 +286,9 @@ def test_errors_say_what_to_do(host: Host, setup: Setup) -> None:
     vae = host.call("TestVAE")[0]
     decode = {"vae": vae, "tile_size": 64, "overlap": 0.0}
     expect(host, "expected image latents", "FaithDiffTiledVAEDecode", samples=video, **decode)
+    expect(
+        host, "shape (batch, 4, height, width), got (1, 16, 8, 12)", "FaithDiffTiledVAEDecode", samples=sd3, **decode
+    )
     with torch.inference_mode():
         vae.first_stage_model.decoder.conv_out.bias.fill_(float("inf"))
     expect(
@@ -299,12 +306,14 @@ def test_errors_inside_sampling(host: Host, setup: Setup) -> None:
     conds = setup.conditioned(setup.features(images(64, 96)))
     sigmas = torch.tensor([2.0, 0.0])
 
-    def run(model: Any, height: int, width: int, batch: int = 1) -> None:
-        noise = torch.zeros(batch, 4, height, width)
+    def run(model: Any, height: int, width: int, batch: int = 1, channels: int = 4) -> None:
+        noise = torch.ones(batch, channels, height, width)
         setup.guided(setup.cfg_guider(model, *conds, 5.0), noise, {"samples": noise}, sigmas)
 
     with pytest.raises(errors.SettingsError, match=r"FaithDiff: .* 96 x 64 pixels, but the latent is one of 64 x 64"):
         run(setup.model, 8, 8)
+    with pytest.raises(errors.SettingsError, match="latents of 4 channels, as the MODEL has them, got 16"):
+        run(setup.model, 8, 12, channels=16)
     conds = setup.conditioned(setup.features(images(64, 64, batch=2)))
     with pytest.raises(errors.SettingsError, match="LQ features of 2 images, but 3 latents"):
         run(setup.model, 8, 8, batch=3)
