@@ -6,6 +6,7 @@ Qwen-VL, BLIP, GIT and so on. Nothing is downloaded unless asked, and code that 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ LLAVA_FORMAT = "USER: <image>\n{prompt} ASSISTANT:"
 OLDEST_TRANSFORMERS = (4, 50)
 """What ComfyUI and the extra `engine` ask for."""
 
+_LONGEST_HUB_ID = 96
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 OnToken = Callable[[int], None]
@@ -211,19 +213,24 @@ def _check_version(version: str) -> None:
         )
 
 
+def _is_hub_id(name: str) -> bool:
+    return len(name) <= _LONGEST_HUB_ID and _HUB_ID.fullmatch(name) is not None
+
+
 def _source(name: str, allow_download: bool) -> str:
     """The folder to load from, or the hub id if it may be downloaded."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
         if not (folder / "config.json").is_file():
             raise WeightsError(
                 f"{folder} has no config.json. Name a folder as transformers saves it, with config.json, *.safetensors "
                 f"and the files of its tokenizer and image processor (a single .gguf or .safetensors file will not do)."
             )
         return str(folder)
-    if folder.exists() or folder.is_absolute() or not _HUB_ID.fullmatch(name):
+    # Of os.path, which takes names that no file system holds for names of nothing.
+    if os.path.exists(folder) or folder.is_absolute() or not _is_hub_id(name):
         raise WeightsError(
-            f"`{name}` is neither a folder nor a hub id. Name a model folder, or a hub id such as "
+            f"`{name[:200]}` is neither a folder nor a hub id. Name a model folder, or a hub id such as "
             f"llava-hf/llava-1.5-7b-hf."
         )
     if allow_download:

@@ -10,18 +10,22 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-from ..errors import FaithDiffError, SettingsError, install_extra
+from ..errors import FaithDiffError, SettingsError, install_extra, printable
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_CANCELLED = 130
 """What shells give for a program that Ctrl-C ended."""
+
+
+_LONG_WORD = re.compile(r"(\S{300})\S+")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = next((word for word in words if not word.startswith("-")), None)
     try:
         args = _parser(wanted).parse_args(words)
+        _check_home(getattr(args, "output", None))
         return COMMANDS[args.command].run(args)
     except SystemExit as stop:  # argparse has written what there is to say
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED
@@ -114,6 +119,13 @@ def _written_out(words: Sequence[str]) -> list[str]:
     ]
 
 
+def _check_home(output: object) -> None:
+    """Refuse a `~` that the shell left as it is: results would go into a folder of that name."""
+    word = str(output)
+    if word.startswith("~") and not os.path.exists(word):
+        raise SettingsError(f"{word}: no home folder was put in place of the ~. Write the whole path.")
+
+
 def _show_any_name() -> None:
     """Let both streams escape what their encoding lacks: a file's name must end no run."""
     for stream in (sys.stdout, sys.stderr):
@@ -121,11 +133,17 @@ def _show_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """As argparse does, but with words of thousands of characters cut."""
+        super().error(printable(_LONG_WORD.sub(r"\1...", message)))
+
+
 def _parser(wanted: str | None) -> argparse.ArgumentParser:
     """The parser with all commands' names, and the arguments of one."""
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m faithdiff_core",
         description="FaithDiff: faithful image super-resolution with SDXL.",
         epilog="`python -m faithdiff_core COMMAND --help` explains a command.",

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..errors import SettingsError
 from ..training.config import TrainConfig
 from ..training.yaml_config import build, read_yaml
 
@@ -50,7 +51,10 @@ def _rooted(config: T, root: Path) -> T:
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if isinstance(value, Path):
-            changed[field.name] = root / value.expanduser()
+            try:
+                changed[field.name] = root / value.expanduser()
+            except RuntimeError as error:  # `~name` of no user of this machine
+                raise SettingsError(f"{field.name}: {value}: {error} Write the whole path.") from error
         elif dataclasses.is_dataclass(value):
             changed[field.name] = _rooted(value, root)
     return dataclasses.replace(config, **changed)  # type: ignore[type-var]

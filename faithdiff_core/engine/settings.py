@@ -25,6 +25,8 @@ DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
 
 MAX_CFG = 20.0
+
+MAX_PASSES = 8
 """Largest guidance scale; output quality degrades well below it."""
 
 LARGEST_HOST_TILE = 16384
@@ -91,7 +93,7 @@ class RestoreSettings:
     strength: float = real(
         1.0, "LQ conditioning strength; 0 disables it", minimum=0.0, group="method", host_range=(0.0, 10.0)
     )
-    passes: int = whole(1, "reach the size in N equal enlargements", group="method", host_range=(1, 8))
+    passes: int = whole(1, "reach the size in N equal enlargements, 1 to 8", maximum=MAX_PASSES, group="method")
     tile_grid: TileGridKind | str = choice(  # noqa: RUF009
         TileGridKind.FIXED,
         f"moving: tiles move from step to step, and --overlap {MOVING_OVERLAP:g} suffices, for half the time",

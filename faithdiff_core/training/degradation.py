@@ -67,8 +67,10 @@ class Pass:
         check_range("gaussian_sigma", self.gaussian_sigma, 0, 255)
         check_range("poisson_scale", self.poisson_scale, 0, 100)
         check_range("jpeg_quality", self.jpeg_quality, 1, 100)
-        if min(self.resize_weights) < 0 or sum(self.resize_weights) <= 0:
-            raise SettingsError(f"resize_weights must be three numbers, not all 0, got {list(self.resize_weights)}.")
+        if not all(0 <= weight < math.inf for weight in self.resize_weights) or not any(self.resize_weights):
+            raise SettingsError(
+                f"resize_weights must be three finite numbers from 0, not all 0, got {list(self.resize_weights)}."
+            )
 
 
 FIRST_PASS = Pass(1.0, 0.1, (0.2, 3.0), (0.3, 1.5), (0.2, 0.7, 0.1), 0.5, (1, 15), (0.05, 2.0), 0.4, (60, 95))

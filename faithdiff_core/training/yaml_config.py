@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -13,6 +14,17 @@ from typing import Any, TypeVar
 from ..errors import MissingPackageError, SettingsError, install_extra
 
 T = TypeVar("T")
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut: a few lines of YAML with anchors can stand for gigabytes."""
+    try:
+        return _brief.repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -35,6 +47,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         if isinstance(error, SettingsError):
             raise
+        if "int_max_str_digits" in str(error):
+            raise SettingsError(f"{path} has a whole number of more digits than are read (4300).") from error
         raise SettingsError(f"{path} is not a YAML file: {error}") from error
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}.") from error
@@ -77,7 +91,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "", default: T |
         SettingsError: an unknown or missing key, or a value of the wrong type.
     """
     if not isinstance(values, Mapping):
-        raise SettingsError(f"{where or cls.__name__}: expected `name: value` lines, got {values!r}.")
+        raise SettingsError(f"{where or cls.__name__}: expected `name: value` lines, got {_shown(values)}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields), key=str)
@@ -119,7 +133,7 @@ def _choice(options: tuple[Any, ...], value: Any, where: str) -> Any:
         value = "no"  # YAML 1.1 reads an unquoted `no` as false
     # By type as well: true equals 1 in Python.
     if not any(type(option) is type(value) and option == value for option in options):
-        raise SettingsError(f"{where}: expected one of {', '.join(map(repr, options))}, got {value!r}.")
+        raise SettingsError(f"{where}: expected one of {', '.join(map(repr, options))}, got {_shown(value)}.")
     return value
 
 
@@ -135,11 +149,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     if origin is tuple:
         kinds = typing.get_args(hint)
         if not isinstance(value, (list, tuple)):
-            raise SettingsError(f"{where}: expected a list, got {value!r}.")
+            raise SettingsError(f"{where}: expected a list, got {_shown(value)}.")
         if kinds[-1] is Ellipsis:
             return tuple(_convert(kinds[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         if len(value) != len(kinds):
-            raise SettingsError(f"{where}: expected {len(kinds)} values, got {value!r}.")
+            raise SettingsError(f"{where}: expected {len(kinds)} values, got {_shown(value)}.")
         return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where, default)
@@ -150,18 +164,20 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or not math.isfinite(number):
-            raise SettingsError(f"{where}: expected a finite number, got {value!r}.")
+            raise SettingsError(f"{where}: expected a finite number, got {_shown(value)}.")
         return number
     if hint is int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise SettingsError(f"{where}: expected a whole number, got {value!r}.")
+            raise SettingsError(f"{where}: expected a whole number, got {_shown(value)}.")
+        if abs(value) >= 2**128:
+            raise SettingsError(f"{where}: expected a whole number of at most 38 digits, got {_shown(value)}.")
         return value
     if hint is bool:
         if not isinstance(value, bool):
-            raise SettingsError(f"{where}: expected true or false, got {value!r}.")
+            raise SettingsError(f"{where}: expected true or false, got {_shown(value)}.")
         return value
     if hint is Path or hint is str:
         if not isinstance(value, (str, Path)):
-            raise SettingsError(f"{where}: expected text, got {value!r}.")
+            raise SettingsError(f"{where}: expected text, got {_shown(value)}.")
         return hint(value)
     raise TypeError(f"{where}: the type {hint} cannot be read from a configuration")

@@ -202,6 +202,10 @@ def test_names_that_lead_nowhere(tmp_path: Path, calls: list[Any]) -> None:
         load_captioner(tmp_path / "missing")
     with pytest.raises(WeightsError, match="neither a folder nor a hub id"):
         load_captioner("C:\\models\\llava", allow_download=True)
+    for name in ("x" * 5000, "~nosuchuser/llava", "a\0b"):
+        with pytest.raises(WeightsError, match="neither a folder nor a hub id") as caught:
+            load_captioner(name, allow_download=True)
+        assert len(str(caught.value)) < 500
     with pytest.raises(WeightsError, match=r"no config\.json"):
         load_captioner(tmp_path)
     assert not calls

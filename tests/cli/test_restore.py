@@ -129,6 +129,39 @@ class TestRestore:
         assert lines[-2] == f"failed: {tmp_path / 'none.png'}: there is no such file"
         assert lines[-1].startswith(f"failed: {folder / 'b.png'}: b.png is not an image that can be read")
 
+    def test_results_that_are_too_small_do_not_stop_the_others(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The demo's model has too few channels to normalize a single latent pixel."""
+        for name, side in (("a.png", 24), ("b.png", 3), ("c.png", 24)):
+            _image(tmp_path / "in" / name, side, side)
+        folder = Path(__file__).parents[2] / "demo" / "model"
+        words = ["--model", str(folder), "--faithdiff", str(folder / "faithdiff.safetensors"), *QUICK, "--scale", "1"]
+        assert main(["restore", str(tmp_path / "in"), "-o", str(tmp_path / "out"), *words]) == 1
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+        said = capsys.readouterr().err
+        assert "b.png would become 3 x 3 pixels, too few for this model. Choose a scale that gives 16 pixels" in said
+        assert "2 restored, 0 skipped (done before), 1 failed" in said
+
+    @pytest.mark.parametrize("how", ["chunks", "cut"])
+    def test_a_long_prompt_is_no_wall_of_text(
+        self, tmp_path: Path, model: tuple[str, ...], capfd: pytest.CaptureFixture[str], how: str
+    ) -> None:
+        words = ["--prompt", "a cat on a red chair, " * 200, "--long-prompt", how, "--quiet"]
+        assert main(["restore", str(_image(tmp_path / "a.png")), "-o", str(tmp_path / "out"), *model, *words]) == 0
+        assert capfd.readouterr() == ("", "")
+
+    def test_an_output_that_is_no_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        source, file = _image(tmp_path / "in" / "a.png"), tmp_path / "notes"
+        file.write_text("keep")
+        given = ["--model", "m", "--faithdiff", "f"]
+        assert main(["restore", str(source), "-o", str(file), *given]) == 2
+        assert f"{file} is one file" in capsys.readouterr().err
+        assert main(["restore", str(source), "-o", str(file / "b.png"), *given]) == 1
+        assert f"the folder {file} cannot be written to" in capsys.readouterr().err
+        assert main(["degrade", str(source.parent), "-o", str(file)]) == 2
+        assert file.read_text() == "keep"
+
     def test_done_is_not_done_again(
         self, tmp_path: Path, model: tuple[str, ...], capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -348,7 +381,12 @@ class TestBadArguments:
             (["--tile-batch", "0"], "--tile-batch must be a whole number from 1"),
             (["--encoder-overlap", "0.95"], "--encoder-overlap must lie between 0 and 0.9"),
             (["--vae-tile", "7"], "--vae-tile must be a multiple of 8"),
-            (["--passes", "0"], "passes must be a whole number from 1"),
+            (["--passes", "0"], "passes must be a whole number from 1 to 8, got 0"),
+            (["--passes", "-1"], "passes must be a whole number from 1 to 8, got -1"),
+            (["--passes", "1000000000"], "passes must be a whole number from 1 to 8, got 1000000000"),
+            (["--steps", "9" * 5000], "argument --steps: invalid int value: '999"),
+            (["--scale", "9" * 5000], "--scale must be a positive number, got inf"),
+            (["-o", "~nosuchuser/x"], "~nosuchuser/x: no home folder was put in place of the ~"),
             (["--seed", "-3"], "--seed must be 0 or more, got -3"),
             (["--scale", "0"], "--scale must be a positive number, got 0"),
             (["--longest-side", "-1"], "--longest-side must be a positive number"),
@@ -370,7 +408,9 @@ class TestBadArguments:
         loaded = _image(tmp_path / "a.png")
         given = ["--model", "m", "--faithdiff", "f", "-o", str(tmp_path / "out")]
         assert main(["restore", str(loaded), *given, *words]) == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said
+        assert len(said) < 4000
 
     @pytest.mark.parametrize(
         ("words", "message"),

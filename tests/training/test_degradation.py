@@ -199,6 +199,12 @@ def test_wrong_ranges_are_named(values: dict[str, Any], said: str) -> None:
         build(DegradationConfig, values)
 
 
+@pytest.mark.parametrize("weights", [(float("nan"), 1.0, 1.0), (float("inf"), 1.0, 1.0), (-1.0, 1.0, 1.0), (0.0,) * 3])
+def test_weights_that_are_no_weights_are_named(weights: tuple[float, float, float]) -> None:
+    with pytest.raises(SettingsError, match="resize_weights must be three finite numbers"):
+        dataclasses.replace(DegradationConfig().first, resize_weights=weights)
+
+
 def test_one_range_of_a_pass_leaves_the_others_as_they_are() -> None:
     config = build(DegradationConfig, {"first": {"blur_sigma": [0.2, 2]}, "second": {"jpeg_quality": [30, 60]}})
     assert config.first == dataclasses.replace(FIRST_PASS, blur_sigma=(0.2, 2.0))
