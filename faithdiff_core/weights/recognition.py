@@ -161,7 +161,13 @@ def _checkpoint(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> Rec
     kind, node = (CHECKPOINT, "Load Checkpoint") if whole else (UNET, "Load Diffusion Model")
     use = _use_of_model(node, backbone, bool(history))
     prediction = stated_prediction(shapes)
-    if prediction == V and history.endswith(_REPLACED):
+    if prediction == V and kind == UNET:
+        # ComfyUI reads the mark in checkpoints alone.
+        use += (
+            " Load Diffusion Model takes it for a model that predicts noise: if it predicts v, put"
+            " ModelSamplingDiscrete with `v_prediction` behind it (and `zsnr`, if its checkpoint had zero SNR)."
+        )
+    elif prediction == V and history.endswith(_REPLACED):
         # ComfyUI writes what the MODEL predicted before its U-Net was replaced.
         use += (
             " If it predicts v no longer, but noise as FaithDiff does, put ModelSamplingDiscrete with `eps` behind it."

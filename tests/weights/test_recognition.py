@@ -89,7 +89,9 @@ def test_marks_and_broken_values(base: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_the_graph_that_saved_a_model(base: Path) -> None:
     """Also where the U-Net was replaced and the mark of what it predicted stayed, which is said."""
-    shapes = {key: tuple(value.shape) for key, value in load_file(base).items()} | {"v_pred": (0,)}
+    unet = {key: tuple(value.shape) for key, value in load_file(base).items() if "model.diffusion_model." in key}
+    unet["v_pred"] = (0,)
+    shapes = unet | {"first_stage_model.quant_conv.weight": (8, 8, 1, 1)}
 
     def found(**inputs: Any) -> Recognized | None:
         nodes = {"1": {"class_type": "KSampler"}, "2": {"class_type": "FaithDiffModelLoader", "inputs": inputs}, "3": 4}
@@ -112,6 +114,9 @@ def test_the_graph_that_saved_a_model(base: Path) -> None:
         assert what is not None
         assert what.history == f"The graph that saved it had FaithDiff Model Loader with {history}"
         assert ("ModelSamplingDiscrete with `eps`" in what.use) == sampling
+    saved_alone = recognize(unet, {})
+    assert saved_alone is not None
+    assert "ModelSamplingDiscrete with `v_prediction`" in saved_alone.use
 
 
 @pytest.mark.parametrize(
