@@ -14,7 +14,7 @@ from .results import Report, table
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-DOCUMENTS = (REPO / "docs" / "performance.md", REPO / "docs" / "scaling.md")
+DOCUMENTS = tuple(REPO / "docs" / f"{name}.md" for name in ("performance", "quantized", "scaling"))
 
 _TABLE = re.compile(r"(<!-- table: (?P<name>\w+)(?:: (?P<rows>[\w, -]+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
