@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -49,6 +49,9 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 """Types of inputs, what to call them, and how to know them; numbers and texts may come through links, too."""
 
+_FILES = ("faithdiff_name", "base_name")
+"""Inputs that name a file; the nodes look for it, and say in which folders they did."""
+
 _MOST_CHOICES = 12
 """Longer lists of choices are not written out in messages."""
 
@@ -59,7 +62,7 @@ def _is_conditioning_entry(entry: Any) -> bool:
     return isinstance(entry[0], Tensor) and isinstance(entry[1], dict)
 
 
-def check_inputs(schema: io.Schema, values: Mapping[str, Any], validated: Container[str] = ()) -> None:
+def check_inputs(schema: io.Schema, values: Mapping[str, Any], validated: Collection[str] = ()) -> None:
     """Look at a node's values before it works with them; ComfyUI lets some wrong ones through.
 
     Args:
@@ -82,7 +85,7 @@ def check_inputs(schema: io.Schema, values: Mapping[str, Any], validated: Contai
             continue
         for value in given if schema.is_input_list and isinstance(given, list) else [given]:
             _check_value(entry.id, str(entry.get_io_type()), value)
-            if isinstance(entry, io.Combo.Input) and entry.id not in validated:
+            if isinstance(entry, io.Combo.Input) and entry.id not in (*_FILES, *validated):
                 _check_choice(entry.id, list(entry.options or []), value)
 
 

@@ -204,8 +204,8 @@ def test_longest_side_and_multiple(host: Host) -> None:
     [
         ({"tile_size": 60}, "at least 64, got 60"),
         ({"tile_size": 101}, "nearest size that works is 104"),
-        ({"overlap": 0.95}, "overlap must lie between 0 and 0.9"),
-        ({"overlap": -0.1}, "overlap must lie between 0 and 0.9"),
+        ({"overlap": 0.95}, "bigger than max of 0.9: overlap"),
+        ({"overlap": -0.1}, "smaller than min of 0.0: overlap"),
         ({"tile_size": 20000}, "at most 16384"),
         ({"steps": 0}, "smaller than min"),
         ({"sampler_name": "nonsense"}, "not in list"),

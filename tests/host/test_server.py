@@ -87,6 +87,7 @@ def test_cancel_then_another_prompt(server: Server, photograph: str) -> None:
     assert server.resident_bytes() < 1.05 * before
 
 
+@pytest.mark.slow  # a thousand prompts and cancels: `make soak`
 def test_fifty_prompts_do_not_grow_memory(server: Server, photograph: str) -> None:
     for seed in range(300, 310):
         server.run(tiny(photograph, seed=seed, steps=1))

@@ -132,7 +132,7 @@ RUNS: dict[str, list[tuple[int, int]]] = {
     "faithdiff_own_checkpoint_lora": [(64, 48)],
     "faithdiff_tile_captions": [(64, 48)],
     "faithdiff_masked": [(32, 24)],
-    "faithdiff_demo": [(450, 300)],
+    "faithdiff_demo": [(600, 400)],
 }
 """Sizes of what each workflow saves here. Those that share models follow each other, so that they are loaded once."""
 
