@@ -16,7 +16,7 @@ from ..dtypes import READABLE_DTYPES, dtype_name
 from ..errors import printable
 from ..finite import is_finite
 from ..weights.checkpoint_file import open_tensors
-from ..weights.faithdiff_file import FaithDiffWeights, Part, read_faithdiff
+from ..weights.faithdiff_file import FaithDiffWeights, Part, faithdiff_of
 from ..weights.marks import IN_WORDS
 from ..weights.quantization import format_name
 from ..weights.quantized_state import shapes_of, take_quantized
@@ -97,7 +97,11 @@ def describe_file(path: Path) -> dict[str, Any]:
     tensors, metadata = open_tensors(path)
     quantized = bool(take_quantized(path, tensors, metadata)[1])  # FaithDiff's U-Net with the names of checkpoints
     found = None if quantized else recognize(shapes_of(tensors), metadata)
-    return describe(read_faithdiff(path)) if found is None else _describe_other(path, found, tensors, metadata)
+    return (
+        describe(faithdiff_of(path, tensors, metadata))
+        if found is None
+        else _describe_other(path, found, tensors, metadata)
+    )
 
 
 def describe(weights: FaithDiffWeights) -> dict[str, Any]:

@@ -25,9 +25,10 @@ DEFAULT_SCALE = 2.0
 """Enlargement of the published code."""
 
 MAX_CFG = 20.0
+"""Largest guidance scale; output quality degrades well below it."""
 
 MAX_PASSES = 8
-"""Largest guidance scale; output quality degrades well below it."""
+"""Most enlargements in a row; more make the result no better."""
 
 LARGEST_HOST_TILE = 16384
 """Largest tile side that nodes offer, in pixels; their inputs need a limit, the engine does not."""

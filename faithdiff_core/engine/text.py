@@ -108,8 +108,9 @@ class TextConditioning:
         if self.negative_embeds is None:
             return embeds, pooled
         embeds = torch.cat(same_length([self.negative_embeds[index], embeds]))
-        if pooled is None or self.negative_pooled is None:
+        if pooled is None:
             return embeds, None
+        assert self.negative_pooled is not None
         return embeds, torch.cat([self.negative_pooled[index], pooled])
 
     def _of_tile(self, image: int, tile: Tile, grid: TileGrid) -> tuple[Tensor, Tensor | None]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
-from .formats import MAX_PIXELS
+from .formats import MAX_PIXELS, WEBP_SIDE
 
-LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}
+LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": WEBP_SIDE}
 """What libjpeg and libwebp can hold, in pixels."""
 
 SHAPE_TOLERANCE = 0.02

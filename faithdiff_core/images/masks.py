@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ImageError, SettingsError
 from .formats import named_files, read_content
+from .geometry import same_shape
 from .listing import list_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Found = TypeVar("Found")
-
-SHAPE_TOLERANCE = 0.02
-"""How far a mask's width to height may be from the image's, as a part of it: rounding of a smaller mask's sides."""
 
 
 def find_masks(images: Sequence[Path], masks: Path) -> dict[Path, Path]:
@@ -122,7 +120,7 @@ def decode_mask(content: bytes, name: str, image: str, height: int, width: int) 
     if loaded.alpha is not None:
         mask = mask * loaded.alpha
     rows, columns = mask.shape[-2:]
-    if abs(rows * width - columns * height) > SHAPE_TOLERANCE * rows * width:
+    if not same_shape(rows, columns, height, width):
         raise ImageError(
             f"The mask {name} is {columns} x {rows}, and {image} is {width} x {height}: another shape. Draw the mask "
             f"on the image itself, or on one that is scaled alike in both directions."

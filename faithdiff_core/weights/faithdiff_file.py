@@ -238,7 +238,16 @@ def read_faithdiff(path: str | Path) -> FaithDiffWeights:
         WeightsError: it is not a FaithDiff file, or a broken one; the text says what it is and what to do.
     """
     path = Path(path)
-    tensors, metadata = open_tensors(path)
+    return faithdiff_of(path, *open_tensors(path))
+
+
+def faithdiff_of(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> FaithDiffWeights:
+    """The same for a file that is open.
+
+    Args:
+        path: the file, for errors.
+        tensors, metadata: what `open_tensors` gives.
+    """
     states = _split(path, *take_quantized(path, tensors, metadata), metadata)
     unet = _part(path, "U-Net", states["unet"], UNetConfig.from_shapes, UNetConfig.shapes)
     encoder = _part(path, "LQ encoder", states["lq_encoder"], LQEncoderConfig.from_shapes, LQEncoderConfig.shapes)
