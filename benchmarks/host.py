@@ -6,7 +6,7 @@ import atexit
 import importlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -63,24 +63,25 @@ def patcher(module: torch.nn.Module) -> Any:
     )
 
 
+def _random_model(unet: Mapping[str, Any], seed: int, dtype: torch.dtype) -> Any:
+    """A MODEL of SDXL's kind with a U-Net of given sizes and random weights."""
+    config = _module("comfy.supported_models").SDXL(dict(unet))
+    config.set_inference_dtype(dtype, None)
+    model = config.get_model({}, "", device=_module("comfy.model_management").unet_offload_device())
+    models.randomize(model.diffusion_model, seed)
+    return patcher(model.eval().requires_grad_(False))
+
+
 @shared("host")
 def sdxl_model(dtype: torch.dtype) -> Any:
     """A MODEL of SDXL's size: 5 GB in half precision."""
-    config = _module("comfy.supported_models").SDXL(dict(SDXL_UNET))
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=_module("comfy.model_management").unet_offload_device())
-    models.randomize(model.diffusion_model, 3)
-    return patcher(model.eval().requires_grad_(False))
+    return _random_model(SDXL_UNET, 3, dtype)
 
 
 @shared("host")
 def small_sdxl_model(dtype: torch.dtype) -> Any:
     """A MODEL with SDXL's conv_in and a tenth of its weights (`models.SMALL_UNET`)."""
-    config = _module("comfy.supported_models").SDXL(dict(SMALL_UNET))
-    config.set_inference_dtype(dtype, None)
-    model = config.get_model({}, "", device=_module("comfy.model_management").unet_offload_device())
-    models.randomize(model.diffusion_model, 9)
-    return patcher(model.eval().requires_grad_(False))
+    return _random_model(SMALL_UNET, 9, dtype)
 
 
 def unet_calls(model: Any, work: Callable[[], object]) -> int:

@@ -18,11 +18,6 @@ from faithdiff_core.images.masks import find_masks
 from faithdiff_core.images.region import feathered, mask_for
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
-    return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
-
-
 @pytest.mark.parametrize("name", [*SCHEDULERS, "DDPMScheduler", "DEISMultistepScheduler"])
 def test_what_stays_has_the_schedulers_noise(name: str) -> None:
     """At every step, by the scheduler's own forward process."""

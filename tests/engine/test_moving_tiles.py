@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +13,6 @@ from faithdiff_core.engine import FaithDiffPipeline, TextConditioning, make_sche
 from faithdiff_core.engine.schedulers import fresh_scheduler, noise_level
 from faithdiff_core.sampling.schedule import leading_timesteps, sampling_sigmas
 from faithdiff_core.tiling.moving import TileGrids
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
-    return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text(golden: Golden) -> TextConditioning:
-    return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
 def difference(got: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,16 +20,6 @@ def difference(got: Tensor, expected: Tensor) -> float:
     """Largest absolute difference as a part of the largest absolute value."""
     assert got.shape == expected.shape
     return float((got - expected).abs().max() / expected.abs().max())
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
-    return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text(golden: Golden) -> TextConditioning:
-    return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
 @pytest.fixture(params=CASES)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.golden import Golden
 from support.tile_texts import text_by_hand
 from torch import Tensor
 
@@ -25,16 +23,6 @@ HEIGHT, WIDTH, TILE, MIX, SEED = 104, 152, 64, 0.6, 3
 SIZE = (HEIGHT // 8, WIDTH // 8)
 OVERLAPS = {"fixed": 0.5, "moving": 0.125}
 LAYOUT = grid_layout(HEIGHT, WIDTH, 3, 2, overlap=0.2)
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_sdxl: Path, golden: Golden) -> FaithDiffPipeline:
-    return FaithDiffPipeline.from_files(tiny_sdxl, golden.model, dtype="fp32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def text(golden: Golden) -> TextConditioning:
-    return TextConditioning(*(golden.tensors[name] for name in ("pos", "pos_pooled", "neg", "neg_pooled")))
 
 
 @pytest.fixture(scope="module")
