@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import SettingsError
-from ..images.geometry import same_shape
+from ..images.sizes import same_shape
 from ..tiling.layout import TileLayout
 from .files import caption_text
 

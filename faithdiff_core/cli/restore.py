@@ -21,9 +21,9 @@ from ..engine.settings import RestoreSettings
 from ..errors import SettingsError
 from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import WRITE_SUFFIXES, left_out_note
-from ..images.geometry import check_positive
 from ..images.masks import find_masks
 from ..images.region import FEATHER
+from ..images.sizes import check_positive
 from .jobs import attempt
 
 _EXAMPLES = """

@@ -26,10 +26,10 @@ from ..evaluation.sweep_tables import sweep_csv, sweep_markdown
 from ..evaluation.tradeoff import FIDELITY, PERCEPTUAL, plot_tradeoff
 from ..images.batch import Job, Report, find_jobs, left_out, possible
 from ..images.formats import left_out_note
-from ..images.geometry import target_size
 from ..images.masks import find_masks
 from ..images.names import folder_problem
 from ..images.reading import load_image
+from ..images.sizes import target_size
 from .jobs import attempt
 from .restore import (
     add_mask_options,

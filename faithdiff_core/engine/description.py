@@ -16,7 +16,7 @@ from typing import Any
 
 from ..backbone import VAE_SCALE_FACTOR
 from ..errors import SettingsError
-from ..images.geometry import check_positive
+from ..images.sizes import check_positive
 from ..tiling.grid import MAX_OVERLAP, MIN_TILE, check_overlap, check_tile_size
 
 _KEY = "description"

@@ -22,10 +22,11 @@ from ..captions.tile_captions import TILES_SUFFIX, ImageText, read_tile_captions
 from ..captions.tile_texts import TILE_MIX
 from ..captions.trim import trim_caption
 from ..errors import ImageError, SettingsError
-from ..images.geometry import resize_lanczos, target_size
+from ..images.geometry import resize_lanczos
 from ..images.masks import load_mask
 from ..images.reading import LoadedImage, load_image
 from ..images.region import FEATHER
+from ..images.sizes import target_size
 from ..images.writing import check_output, encode_image
 from .attribution import Attribution
 from .settings import RestoreSettings

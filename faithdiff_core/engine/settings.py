@@ -12,8 +12,8 @@ from torch import Tensor
 from ..backbone import TRAIN_STEPS
 from ..errors import SettingsError
 from ..images.color import ColorFix
-from ..images.geometry import target_size
 from ..images.hdr import MAX_HDR
+from ..images.sizes import target_size
 from ..models.lq_encoder import ENCODER_OVERLAP, ENCODER_TILE
 from ..sampling.schedule import DEFAULT_CFG, DEFAULT_STEPS, StartPoint
 from ..tiling.grid import MIN_TILE, TILE_OVERLAP, TILE_SIZE

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ImageError, SettingsError
 from .formats import named_files, read_content
-from .geometry import same_shape
 from .listing import list_folder
+from .sizes import same_shape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,10 +17,10 @@ from ..atomic import write_atomically
 from ..errors import ImageError
 from .exif import DESCRIPTION, DOCUMENT, HOST_COMPUTER, MAKE, MODEL, X_RESOLUTION, ExifBlock
 from .formats import WRITE_SUFFIXES
-from .geometry import LARGEST_SIDE
 from .metadata import EXIF_HEADER, XMP_HEADER, Metadata
 from .png import SIGNATURE, XMP_KEYWORD
 from .reading import LoadedImage
+from .sizes import LARGEST_SIDE
 from .tiff_writer import encode_tiff
 
 if TYPE_CHECKING:

@@ -24,8 +24,9 @@ from ...faithdiff_core.errors import ImageError, reason_of
 from ...faithdiff_core.images.batch import Job, Report, find_jobs, left_out, possible
 from ...faithdiff_core.images.cutout import resize_cutout
 from ...faithdiff_core.images.formats import left_out_note
-from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
+from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos
 from ...faithdiff_core.images.reading import load_image
+from ...faithdiff_core.images.sizes import target_size
 from ...faithdiff_core.images.writing import check_output, save_image
 from .frames import finish
 from .graph_types import AdapterModels, LQFrame

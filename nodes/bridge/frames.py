@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...faithdiff_core.errors import ImageError
 from ...faithdiff_core.images.cutout import resize_cutout
-from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos, target_size
+from ...faithdiff_core.images.geometry import pad_to_multiple, resize_lanczos
 from ...faithdiff_core.images.hdr import hdr_effect
 from ...faithdiff_core.images.region import feathered, fix_and_composite
+from ...faithdiff_core.images.sizes import target_size
 from .checks import check_image, mask_of_images
 from .graph_types import LQFrame
 

@@ -17,8 +17,9 @@ from support.photographs import SRGB, linear_profile
 
 from faithdiff_core.errors import ImageError, SettingsError
 from faithdiff_core.images.formats import MAX_PIXELS
-from faithdiff_core.images.geometry import crop_to, pad_to_multiple, resize_lanczos, target_size
+from faithdiff_core.images.geometry import crop_to, pad_to_multiple, resize_lanczos
 from faithdiff_core.images.reading import LoadedImage, load_image
+from faithdiff_core.images.sizes import target_size
 from faithdiff_core.images.writing import check_output, save_image
 
 RNG = np.random.default_rng(0)
