@@ -121,11 +121,18 @@ class Cluster:
         from .ray_data import REPORT, ListedItems, WorkingActor
 
         data = self._ray.data
-        # One reader: it is fast, and each is a process of its own.
-        source = data.read_datasource(ListedItems(parts), num_cpus=0, concurrency=1, override_num_blocks=len(parts))
         with warnings.catch_warnings():
-            # The number of repeats is among the options that Ray removes in 2.64; the extra `cluster` stays below.
+            # Some of these options are removed in Ray 2.64; the extra `cluster` stays below.
             warnings.simplefilter("ignore")
+            # One reader: it is fast, and each is a process of its own. It need not wait until its lines are taken: by
+            # default Ray lets it be a few lines ahead, and then the workers wait for the driver's next look at it.
+            source = data.read_datasource(
+                ListedItems(parts),
+                num_cpus=0,
+                concurrency=1,
+                override_num_blocks=len(parts),
+                ray_remote_args={"_generator_backpressure_num_objects": -1},
+            )
             done = source.map_batches(
                 WorkingActor,
                 fn_constructor_args=(self._task, self._out, folder, self._overwrite, os.getcwd()),
