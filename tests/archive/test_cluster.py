@@ -18,7 +18,10 @@ import torch
 from PIL import Image
 from support.archive import files, rows
 
+from faithdiff_core.archive.cluster import places
+from faithdiff_core.captions.tile_captions import TileCaptions
 from faithdiff_core.cli import main
+from faithdiff_core.tiling.layout import grid_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "demo" / "model"
@@ -34,6 +37,8 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(number).integers(0, 256, (16, 24, 3), dtype=np.uint8)
         (folder / str(number % 3)).mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / str(number % 3) / f"{number}.png")
+        captions = TileCaptions(16, 24, grid_layout(16, 24, 2, 1), (f"Part {number}.", "Sea."))
+        (folder / str(number % 3) / f"{number}.tiles.json").write_bytes(captions.to_json())
     return folder
 
 
@@ -50,7 +55,8 @@ def start(scans: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 def words(scans: Path, out: Path) -> list[str]:
     """The command line."""
     model = ["--model", str(MODEL), "--faithdiff", str(MODEL / "faithdiff.safetensors")]
-    return ["restore", str(scans), "-o", str(out), *model, "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
+    settings = ["--steps", "1", "--captions", "tiles", "--device", "cpu", "--dtype", "fp32"]
+    return ["restore", str(scans), "-o", str(out), *model, *settings]
 
 
 @pytest.fixture
@@ -144,3 +150,23 @@ def test_a_model_that_is_not_there(cluster: Any, scans: Path, tmp_path: Path) ->
     code, said = ended(start(scans, tmp_path / "out", "--workers", f"ray:{cluster.address}", "--unet", "none.bin"))
     assert code == 1
     assert said.splitlines()[-1].startswith("error: There is no file none.bin")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "most"),
+    [(1, 0, 8), (3, 0, 2), (1, 1, 4), (1, 2, 2), (1, 3, 1), (1, 5, 0), (1, 0.5, 8), (1, 0.3, 8), (0.5, 0.3, 12)],
+)
+def test_places_of_a_machine(cpus: float, gpus: float, most: int) -> None:
+    """Eight CPUs and four GPUs: a worker's part of a GPU is on one GPU, so thirds and a rest do not add up."""
+    assert places({"CPU": 8.0, "GPU": 4.0}, cpus, gpus) == most
+
+
+@pytest.mark.parametrize("gpus", ["1.5", "-1", "nan", "inf"])
+def test_parts_of_gpus_that_ray_does_not_share(
+    gpus: str, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(scans, tmp_path / "out"), "--workers", "2", "--gpus-per-worker", gpus]) == 2
+    said = capsys.readouterr().err
+    assert "--gpus-per-worker" in said
+    assert gpus in said
+    assert not list(tmp_path.rglob("*.png"))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -113,6 +114,10 @@ def test_restore(
     assert "1 restored, 0 skipped" in archived()
     assert files(archive) == files(out)
     assert "0 restored, 1 skipped" in archived()
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/captioned", recursive=True)
+    assert main([words[0], "memory://captioned", *words[2:], "-o", "memory://restored"]) == 1
+    assert memory.cat("/restored/a.png") == (out / "a.png").read_bytes()
     (folder / "a.tiles.json").write_bytes(_captions("Sky at night.", "A harbour.").to_json())
     assert "1 restored, 0 skipped" in archived()
     assert not torch.equal(load_image(archive / "a.png").colors, load_image(out / "a.png").colors)
