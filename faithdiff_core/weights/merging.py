@@ -20,13 +20,12 @@ from torch import Tensor
 from ..backbone import NOISE, V
 from ..dtypes import DTYPES
 from ..errors import SettingsError, WeightsError
-from ..finite import is_finite
 from ..models.shapes import Shape
 from .block_strengths import BlockStrengths
 from .marks import marked_prediction
 from .messages import listing
 from .recognition import CHECKPOINT, MERGE_KEY, UNET, recognize, stated_prediction
-from .safetensors_writer import Layout, check_free, copy_tensor, new_files, plan_file, write_tensor
+from .safetensors_writer import Layout, check_finite, check_free, copy_tensor, new_files, plan_file, write_tensor
 from .tensor_reader import TensorReader
 from .unet_names import diffusers_names
 from .unet_shapes import family_of
@@ -100,8 +99,7 @@ class UNetSource:
         """
         reader, key = self.names[name]
         value = reader.read(key)
-        if not is_finite(value):
-            raise WeightsError(f"{reader.path.name}: {key} holds NaN or infinite values. The file is corrupted.")
+        check_finite(reader.path.name, key, value)
         return value.float()
 
 
