@@ -21,6 +21,9 @@ from workflow_layout import HEIGHTS_FILE, Layout, Wire, arrange
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS, SUBGRAPHS = ROOT / "workflows", ROOT / "subgraphs"
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
+NOTE_COLOURS = {"color": "#222", "bgcolor": "#000"}
+"""Of a note's title and text: the links of the classic canvas cannot be read on its own brown."""
+
 _IDS = uuid.UUID("6f0a3f5e-6a0e-4d2c-9d0a-0f1d1ff0fa17")
 
 
@@ -101,7 +104,7 @@ def _page_nodes(
                 "flags": {},
                 "order": order,
                 "mode": 0,
-                **({"title": node.title} if node.title else {}),
+                **({"title": title} if (title := node.page_title or node.title) else {}),
                 "inputs": inputs,
                 "outputs": [],
                 "properties": {"Node name for S&R": node.type, **_downloads(node)},
@@ -115,20 +118,29 @@ def _page_nodes(
             {"name": str(name), "type": str(kind), "links": outgoing.get((key, slot))}
             for slot, (name, kind) in enumerate(zip(names, _outputs(node_class), strict=True))
         ]
-    layout = _layout(graph, links)
+    layout = _layout(graph, links, {node["id"]: node for node in nodes})
     for entry, key in zip(nodes, graph.nodes, strict=True):
         entry |= _place(layout, key)
     return nodes, links, layout
 
 
-def _layout(graph: Graph, links: list[list[Any]]) -> Layout:
-    """Where nodes and notes stand, and how the wires run."""
+def _layout(graph: Graph, links: list[list[Any]], nodes: Mapping[int, dict[str, Any]]) -> Layout:
+    """Where nodes and notes stand, and how the wires run. `nodes` are the page's, by id."""
     keys = {int(number): key for key, number in _ids(graph).items()}
     measured = json.loads(HEIGHTS_FILE.read_text(encoding="utf-8"))
     heights = {key: max(node.height, *measured["nodes"].get(node.type, [0])) for key, node in graph.nodes.items()}
     heights |= {key: measured["notes"].get(graph.name, {}).get(key, 0) for key in graph.notes}
-    wires = [Wire(number, keys[origin], slot, keys[target], inner) for number, origin, slot, target, inner, _ in links]
+    wires = [
+        Wire(number, keys[origin], slot, keys[target], _row(nodes[target], inner))
+        for number, origin, slot, target, inner, _ in links
+    ]
     return arrange(graph.groups, heights, wires)
+
+
+def _row(node: dict[str, Any], place: int) -> int:
+    """At which row of slots the page draws an input; those of widgets stand below all others."""
+    sockets = [number for number, entry in enumerate(node["inputs"]) if "widget" not in entry]
+    return sockets.index(place) if place in sockets else max(len(sockets), len(node["outputs"]))
 
 
 def _place(layout: Layout, key: str) -> dict[str, list[int]]:
@@ -152,6 +164,7 @@ def page_format(graph: Graph, classes: Mapping[str, type[NodeClass]]) -> dict[st
                 "outputs": [],
                 "properties": {},
                 "widgets_values": [note.text],
+                **NOTE_COLOURS,
                 **_place(layout, key),
             }
         )

@@ -72,12 +72,14 @@ class Node:
         inputs: values of widgets and links, by input name; what is missing has its default.
         title: shown instead of the class's display name.
         height: in pixels, where the node is to be higher than its content.
+        page_title: shown in the page instead of the title, where that would be cut.
     """
 
     type: str
     inputs: dict[str, Any] = field(default_factory=dict)
     title: str | None = None
     height: int = 0
+    page_title: str | None = None
 
 
 @dataclass
@@ -105,6 +107,9 @@ MOVING: dict[str, Any] = {"tile_grid": "moving", "overlap": 0.125}
 LOAD, PREPARE, RESTORE, FINISH, RESULT = "#4a9fd0", "#c9973f", "#4fae80", "#9a7fd1", "#c96f8b"
 """Colours of the groups."""
 
+THREE_COLUMNS = 840
+"""Width of a group with three columns of nodes, in pixels."""
+
 Rows = tuple[tuple[tuple[str, ...], ...], ...]
 
 
@@ -115,13 +120,15 @@ def usual_groups(
     restore: Rows = ((("sampler",),),),
     finish: Rows = ((("decode",),), (("finish",),), (("tips",),)),
     load_width: int = 600,
+    prepare_width: int = 600,
+    prepare_shares: tuple[int, ...] = (),
 ) -> tuple[Group, ...]:
     """Load, prepare, restore, finish, and the result below them."""
     return (
         Group("1  Load", LOAD, load_width, load),
-        Group("2  Prepare", PREPARE, 600, prepare),
-        Group("3  Restore", RESTORE, 320, restore),
-        Group("4  Finish", FINISH, 320, finish),
+        Group("2  Prepare", PREPARE, prepare_width, prepare, shares=prepare_shares),
+        Group("3  Restore", RESTORE, 300, restore),
+        Group("4  Finish", FINISH, 300, finish),
         result("5  Result", (1, 2)),
     )
 
@@ -161,7 +168,12 @@ def restoration() -> dict[str, Node]:
     """The graph that the others are variations of."""
     return {
         "image": Node("LoadImage", {"image": IMAGE}),
-        "checkpoint": Node("CheckpointLoaderSimple", {"ckpt_name": CHECKPOINT}, "SDXL checkpoint (CLIP and VAE)"),
+        "checkpoint": Node(
+            "CheckpointLoaderSimple",
+            {"ckpt_name": CHECKPOINT},
+            "SDXL checkpoint (CLIP and VAE)",
+            page_title="SDXL: CLIP and VAE",
+        ),
         "loader": Node("FaithDiffModelLoader", {"faithdiff_name": FAITHDIFF, "weight_dtype": "default"}),
         "prepare": Node("FaithDiffPrepareImage", {"image": Link("image"), "mask": Link("image", 1), "scale_by": 2.0}),
         "positive": Node(
@@ -210,8 +222,8 @@ def two_passes(name: str, nodes: dict[str, Node]) -> Graph:
             *first[:3],
             replace(first[3], title="4  Finish the first pass"),
             Group("5  Prepare the second pass", PREPARE, 600, ((("prepare_2",), ("latent_2", "features_2")),)),
-            Group("6  Restore again", RESTORE, 320, ((("sampler_2",),),)),
-            Group("7  Finish", FINISH, 320, ((("decode_2",),), (("finish_2",),), (("tips",),))),
+            Group("6  Restore again", RESTORE, 300, ((("sampler_2",),),)),
+            Group("7  Finish", FINISH, 300, ((("decode_2",),), (("finish_2",),), (("tips",),))),
             result("8  Result", (4, 5)),
         ),
     )
@@ -232,7 +244,7 @@ def faithdiff_own_checkpoint_lora() -> Graph:
     """A MODEL of the user's, with a LoRA, moved towards FaithDiff's U-Net."""
     nodes = restoration()
     nodes["checkpoint"].inputs["ckpt_name"] = OWN_CHECKPOINT
-    nodes["checkpoint"].title = "Your SDXL checkpoint"
+    nodes["checkpoint"].title = nodes["checkpoint"].page_title = "Your SDXL checkpoint"
     nodes["lora"] = Node(
         "LoraLoaderModelOnly",
         {"model": Link("checkpoint"), "lora_name": OWN_LORA, "strength_model": 0.8},
@@ -343,9 +355,12 @@ def faithdiff_other_captioner() -> Graph:
     )
     nodes["trim"] = Node("FaithDiffTrimCaption", {"caption": Link("caption")})
     nodes["positive"].inputs["text"] = Link("trim")
+    nodes["positive"].page_title = "Positive: the caption"
     load = ((("about",),), (("image", "language_model"), ("checkpoint", "loader")), (("files",),))
-    prepare = ((("prepare",), ("latent", "features")), (("caption",), ("trim", "positive", "negative")))
-    return graph("faithdiff_other_captioner", nodes, usual_groups(load=load, prepare=prepare))
+    prepare = ((("prepare", "caption"), ("latent", "features", "trim"), ("positive", "negative")),)
+    return graph(
+        "faithdiff_other_captioner", nodes, usual_groups(load=load, prepare=prepare, prepare_width=THREE_COLUMNS)
+    )
 
 
 def faithdiff_controlnet() -> Graph:
@@ -366,7 +381,7 @@ def faithdiff_controlnet() -> Graph:
     )
     nodes["sampler"].inputs |= {"positive": Link("control"), "negative": Link("control", 1)}
     load = ((("about",),), (("image", "controlnet"), ("checkpoint", "loader")), (("files",),))
-    prepare = ((("positive", "negative"), ("control",)), (("prepare",), ("edges", "latent", "features")))
+    prepare = ((("positive", "negative", "prepare"), ("control", "edges", "latent", "features")),)
     return graph("faithdiff_controlnet", nodes, usual_groups(load=load, prepare=prepare))
 
 
@@ -381,13 +396,19 @@ def faithdiff_tile_captions() -> Graph:
     nodes["told"] = Node(
         "FaithDiffTileConditioning",
         {"layout": Link("parts", 1), "conditionings": Link("part_texts"), "whole": Link("positive")},
+        page_title="Tile Conditioning",
     )
+    nodes["positive"].page_title = "Positive: whole image"
     nodes["sampler"].inputs["positive"] = Link("told")
     prepare = (
-        (("prepare",), ("latent", "features")),
-        (("parts", "caption", "positive"), ("part_texts", "told", "negative")),
+        (
+            ("prepare", "parts", "negative"),
+            ("latent", "caption", "positive"),
+            ("features", "part_texts", "told"),
+        ),
     )
-    return graph("faithdiff_tile_captions", nodes, usual_groups(prepare=prepare))
+    groups = usual_groups(prepare=prepare, prepare_width=THREE_COLUMNS, prepare_shares=(5, 6, 5))
+    return graph("faithdiff_tile_captions", nodes, groups)
 
 
 def faithdiff_masked() -> Graph:
@@ -395,6 +416,7 @@ def faithdiff_masked() -> Graph:
     nodes = restoration()
     painted = Link("image", 1)
     nodes["image"].title = "Load Image: paint the mask here"
+    nodes["image"].page_title = "Load Image: paint the mask"
     nodes["prepare"].inputs = {"image": Link("image"), "scale_by": 1.0}
     nodes["noise_mask"] = Node("SetLatentNoiseMask", {"samples": Link("latent"), "mask": painted})
     nodes["features"].inputs["restore_mask"] = painted

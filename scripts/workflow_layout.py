@@ -7,6 +7,7 @@ held by two reroutes.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ class Group:
         width: inside, in pixels.
         rows: from top to bottom; each is a row of columns, and each column a stack of nodes' keys.
         below: the first and the last of the groups that this one lies under, by number, or None for a group of the
-            upper row. Such a group is as wide as they are.
+            upper row. Such a group is as wide as they are, and lower than all but the first, from which wires run to
+            all others.
+        shares: of the width, for each column of a row that has as many; else all columns are as wide.
     """
 
     title: str
@@ -67,6 +70,7 @@ class Group:
     width: int
     rows: tuple[tuple[tuple[str, ...], ...], ...]
     below: tuple[int, int] | None = None
+    shares: tuple[int, ...] = ()
 
 
 class Box(NamedTuple):
@@ -89,7 +93,7 @@ class Box(NamedTuple):
 
 
 class Wire(NamedTuple):
-    """A link: its number, and which slot of which node it joins to which."""
+    """A link: its number, and which slot of which node it joins to which, counted from each node's top."""
 
     number: int
     source: str
@@ -155,7 +159,7 @@ def arrange(groups: Sequence[Group], heights: Mapping[str, int], wires: Iterable
         if group.below is not None:
             first, last = group.below
             left, width = edges[first][0], edges[last][1] - edges[first][0]
-            top = max(bottom for _, _, bottom in edges) + GROUP_GAP + GROUP_TITLE
+            top = max(bottom for _, _, bottom in edges[1:]) + GROUP_GAP + GROUP_TITLE
         bottom = _stack(boxes, group, (left, top, width), heights)
         bounding = [left - PADDING, top - GROUP_TITLE, width + 2 * PADDING, GROUP_TITLE + bottom - top]
         frame = {"id": len(frames) + 1, "title": group.title, "bounding": bounding, "color": group.colour}
@@ -172,14 +176,15 @@ def _stack(boxes: dict[str, Box], group: Group, place: tuple[int, int, int], hei
     """Add the boxes of a group at this left, top and width, and return the group's bottom."""
     left, top, width = place
     for row in group.rows:
-        column_width = (width - COLUMN_GAP * (len(row) - 1)) // len(row)
-        bottom = top
-        for number, column in enumerate(row):
-            at = top
+        free = width - COLUMN_GAP * (len(row) - 1)
+        shares = group.shares if len(group.shares) == len(row) else (1,) * len(row)
+        bottom, x = top, left
+        for column, share in zip(row, shares, strict=True):
+            column_width, at = free * share // sum(shares), top
             for key in column:
-                boxes[key] = Box(left + number * (column_width + COLUMN_GAP), at + TITLE, column_width, heights[key])
+                boxes[key] = Box(x, at + TITLE, column_width, heights[key])
                 at += TITLE + heights[key] + ROW_GAP
-            bottom = max(bottom, at)
+            bottom, x = max(bottom, at), x + column_width + COLUMN_GAP
         top = bottom
     return top - ROW_GAP + PADDING
 
@@ -196,6 +201,7 @@ class _Router:
     def route(self, wires: Iterable[Wire]) -> None:
         """Give each wire that needs them reroutes: two, or four out of the middle of a group."""
         boxes = self.layout.boxes
+        ways: dict[Wire, list[tuple[float, float]]] = {}
         for wire in wires:
             source, target = boxes[wire.source], boxes[wire.target]
             start = (source.right, source.top + FIRST_SLOT + SLOT * wire.output)
@@ -204,7 +210,7 @@ class _Router:
             if end[0] > start[0] and not any(box.covers(x, y) for x, y in curve(start, end) for box in others):
                 continue
             first = self._upright(source.right, 1, wire)
-            second = self._upright(target.left, -1, wire)
+            second = self._upright(target.left, -1, wire, self._crosses_title(target))
             lane = self._lane(first, second, start[1], end[1], wire)
             corners = [(first, lane), (second, lane)] if lane is not None else []
             if lane is None:
@@ -214,8 +220,11 @@ class _Router:
                 if out is None or lane is None:
                     raise ValueError(f"There is no free way for the wire from {wire.source} to {wire.target}.")
                 corners = [(first, out), (middle, out), (middle, lane), (second, lane)]
+            ways[wire] = _straightened(start, corners, end)
+        for wire, way in ways.items():
+            siblings = [ways[other] for other in ways if other[1:3] == wire[1:3] and other != wire]
             parent = 0
-            for x, y in _straightened(start, corners, end):
+            for x, y in _joined(way, [corner for sibling in siblings for corner in sibling]):
                 parent = self._point(wire, x, y, parent)
             self.layout.last_reroute[wire.number] = parent
 
@@ -227,11 +236,17 @@ class _Router:
                 return float(left + width - PADDING)
         raise ValueError("The node is in no group.")
 
-    def _upright(self, edge: float, side: int, wire: Wire) -> float:
-        """Where the wires of an output go up or down beside a column."""
+    def _crosses_title(self, box: Box) -> bool:
+        """Whether a wire that comes down beside a node would cross the title of its group, which is at the top left."""
+        corners = [cast("list[int]", frame["bounding"])[:2] for frame in self.layout.groups]
+        return any(top > 0 and left + PADDING == box.left for left, top in corners)
+
+    def _upright(self, edge: float, side: int, wire: Wire, outside: bool = False) -> float:
+        """Where the wires of an output go up or down beside a column; `outside` the group or in it."""
         key = (round(edge) * side, wire.source, wire.output)
         taken = sum(1 for other in self.uprights if other[0] == key[0])
-        return self.uprights.setdefault(key, edge + side * (14 + LANE * taken))
+        nearest = PADDING + LANE if outside else CLEARANCE
+        return self.uprights.setdefault(key, edge + side * (nearest + LANE * taken))
 
     def _lane(self, first: float, second: float, start: float, end: float, wire: Wire) -> float | None:
         """The free height between two uprights that makes the shortest way, or None."""
@@ -263,7 +278,9 @@ class _Router:
         ways = [y for y in choices if y >= HIGHEST_LANE and free(y)]
         if not ways:
             return None
-        lane = min(ways, key=lambda y: (abs(y - start) + abs(y - end), abs(y - end)))
+        # A lane of the same output is worth a detour: two wires beside each other look like two images.
+        mine = {y for y, _, _, other in self.lanes if other == own}
+        lane = min(ways, key=lambda y: (abs(y - start) + abs(y - end) - 4 * LANE * (y in mine), abs(y - end)))
         self.lanes.append((lane, left, right, own))
         return lane
 
@@ -290,6 +307,15 @@ def _straightened(
         out.insert(0, (corners[0][0], start[1] + math.copysign(HOOK, corners[0][1] - start[1])))
     if abs(corners[-1][1] - end[1]) > LONG:
         out.append((corners[-1][0], end[1] + math.copysign(HOOK, corners[-1][1] - end[1])))
+    return out
+
+
+def _joined(way: list[tuple[float, float]], others: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A way with those corners of other wires of its output that lie on it, so that they share all up to there."""
+    out = way[:1]
+    for (x, y), (next_x, next_y) in itertools.pairwise(way):
+        between = {c for c in others if c[1] == y == next_y and min(x, next_x) < c[0] < max(x, next_x)}
+        out += [*sorted(between, reverse=next_x < x), (next_x, next_y)]
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfy_host import REPO, NodeBox, Page, Server, write_placeholders
+from comfy_host import REPO, Graph, NodeBox, Page, Server, write_placeholders
 
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
 
@@ -70,13 +70,20 @@ def check_groups(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
 def test_workflows_open_readable_and_without_overlap(browser: Page, nodes_2: bool) -> None:
+    browser.resize(*WINDOW)
     browser.use_nodes_2(nodes_2)
     faults = {}
     for path in WORKFLOWS:
         browser.load(path)
         boxes = browser.boxes()
         scale = browser.script("return window.app.canvas.ds.scale")
-        found = [*check_layout(path, boxes, scale), *check_groups(path), *browser.wires_behind_nodes()]
+        covered = [] if path.stem in WIDE else browser.script(COVERED, *MINIMAP)
+        found = [
+            *check_layout(path, boxes, scale),
+            *check_groups(path),
+            *(f"{title} is not to be seen" for title in covered),
+        ]
+        found += browser.wires_behind_nodes()
         if found:
             faults[path.stem] = found
     assert faults == {}
@@ -98,6 +105,9 @@ return window.app.canvas.graph.nodes.map(node => [node.type, node.title, ...node
 
 
 WINDOW = (1600, 1000)
+
+WIDE = {"faithdiff_4x_progressive", "faithdiff_8k"}
+"""Workflows whose second pass is right of the window, as the whole could not be read."""
 
 MINIMAP = (1340, 740)
 """Left and top of what covers the corner at the bottom right of that window."""
@@ -133,15 +143,18 @@ CATEGORY = "[...document.querySelectorAll('span')].findLast(one => one.textConte
 """The pack in the list of templates, under its folder's name."""
 
 
-def test_the_demo_runs_at_once_and_shows_before_and_after(browser: Page) -> None:
-    """In the classic design, with a slider that follows the mouse, and no progress text left behind."""
+@pytest.mark.parametrize("nodes_2", [False, True], ids=["classic", "nodes 2.0"])
+def test_the_demo_runs_at_once_and_shows_before_and_after(browser: Page, nodes_2: bool) -> None:
+    """With a slider that follows the mouse, and no progress text left behind."""
     browser.resize(*WINDOW)
-    browser.use_nodes_2(False)
+    browser.use_nodes_2(nodes_2)
     open_template(browser, "faithdiff_demo")
+    drawn = nodes_of(REPO / "workflows" / "faithdiff_demo.json")[0]["size"][0]
+    wait_for(lambda: abs(browser.boxes()[0].width - drawn) < 2)
     assert browser.script(COVERED, *MINIMAP) == []
     before = [box[:6] for box in browser.boxes()]
     browser.set_widget("FaithDiffSampler", "tile_batch", 1)
-    browser.set_widget("FaithDiffSampler", "steps", 3)
+    browser.set_widget("FaithDiffSampler", "steps", 3 + nodes_2)  # no result of the other design's run
     browser.script(
         "window.faithdiffTexts = []; window.app.api.addEventListener('progress_text', e => "
         "window.faithdiffTexts.push(e.detail.text))"
@@ -150,15 +163,41 @@ def test_the_demo_runs_at_once_and_shows_before_and_after(browser: Page) -> None
     assert result.node_errors == {}
     assert result.execution_error is None
     loaded = f"return {COMPARE}.faithdiffSlider.pairs.map(p => [p.before.naturalWidth, p.after.naturalWidth])"
-    wait_for(lambda: browser.script(loaded) == [[600, 600]])
+    wait_for(lambda: browser.script(SHOWN if nodes_2 else loaded) == [[600, 600]])
     assert any("tile" in text for text in browser.script("return window.faithdiffTexts")), "no progress was shown"
     wait_for(lambda: browser.script(TEXTS) == [])
     assert [box[:6] for box in browser.boxes()] == before, "a node has grown"
+    if nodes_2:
+        for place in (0.25, 0.75):
+            browser.script(MOVED, place)
+            wait_for(lambda place=place: abs(browser.script(CLIPPED) - 100 * (1 - place)) < 2)
+        assert browser.script(f"return document.querySelectorAll({VIEW}).length") == 2, "the images are shown once more"
+        return
     colours = {split: browser.script(DRAWN, split) for split in (0.0, 1.0)}
     # Noise is before: neighbouring pixels differ more there.
     assert colours[1.0] > 2 * colours[0.0]
     assert browser.script(f"return !({COMPARE}.imgs?.length)"), "the images are shown once more below the slider"
 
+
+VIEW = f"`[data-node-id='${{{COMPARE}.id}}'] img`"
+"""Selector of what FaithDiff Compare shows in Nodes 2.0: ComfyUI's own comparison of two images."""
+
+SHOWN = f"""
+const width = kind => [...document.querySelectorAll({VIEW})].find(one => one.alt.startsWith(kind))?.naturalWidth;
+return [[width("Before"), width("After")]];
+"""
+
+MOVED = f"""
+const box = document.querySelector({VIEW}).parentElement, {{x, y, width, height}} = box.getBoundingClientRect();
+const at = {{clientX: x + arguments[0] * width, clientY: y + height / 2, bubbles: true}};
+for (const kind of ["pointermove", "mousemove"]) box.dispatchEvent(new MouseEvent(kind, at));
+"""
+
+CLIPPED = f"""
+const before = [...document.querySelectorAll({VIEW})].find(one => one.alt.startsWith("Before"));
+return parseFloat(before.style.clipPath.split(" ")[1]);
+"""
+"""How much of the low-quality image is cut off at its right, in percent."""
 
 DRAWN = f"""
 const node = {COMPARE}, canvas = document.createElement("canvas");
@@ -175,6 +214,16 @@ let difference = 0;
 for (let i = 4; i < data.length; i += 4) difference += Math.abs(data[i] - data[i - 4]);
 return difference / (data.length / 4);
 """
+
+
+def test_the_error_panel_names_errors_without_a_path(server: Server) -> None:
+    """ComfyUI writes MODULE.NAME, and a pack's modules are named by the path of its folder."""
+    graph = Graph()
+    loader = graph.add("FaithDiffModelLoader", faithdiff_name="FaithDiff.bin", weight_dtype="default")
+    graph.add("PreviewAny", source=loader[1])
+    (error,) = [data for kind, data in server.run(graph, check=False).messages if kind == "execution_error"]
+    assert error["exception_type"] == "WeightsError"
+    assert error["exception_message"].startswith("FaithDiff Model Loader: FaithDiff.bin is empty (0 bytes)")
 
 
 def wait_for(there: Any, seconds: float = 20.0) -> None:

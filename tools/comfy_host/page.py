@@ -171,8 +171,19 @@ class Page:
         )
 
     def load(self, workflow: Path) -> None:
-        """Load a workflow or blueprint file without the mouse."""
-        self._async_script("window.app.loadGraphData(JSON.parse(arguments[0]))", workflow.read_text(encoding="utf-8"))
+        """Load a workflow or blueprint file without the mouse, and close those that were open, which cost time."""
+        self._async_script(
+            """
+            (async (text, name) => {
+                const {workflow} = window.app.extensionManager, before = [...workflow.openWorkflows];
+                const again = before.some(old => old.filename === name);
+                await window.app.loadGraphData(JSON.parse(text), true, true, again ? null : name);
+                for (const old of before) await workflow.closeWorkflow(old);
+            })(arguments[0], arguments[1])
+            """,
+            workflow.read_text(encoding="utf-8"),
+            workflow.stem,
+        )
 
     def prompt(self) -> Prompt:
         """What queueing the open graph would send to the server, subgraphs unfolded."""
