@@ -34,8 +34,9 @@ def printable(text: str, keep: str = "\n\t") -> str:
 class FaithDiffError(ValueError):
     """Base of all errors that bad input causes; its text is written for the person who gave the input."""
 
-    # ComfyUI names a pack's modules by the path of its folder, and shows an error's module to the user.
-    __module__ = "faithdiff_core.errors"
+    # ComfyUI names a pack's modules by the path of its folder, and shows an error's module to the user, but for
+    # Python's own errors. There the name alone has to do.
+    __module__ = __name__ if __name__ == "faithdiff_core.errors" else "builtins"
 
     def __init_subclass__(cls, **kw: Any) -> None:
         super().__init_subclass__(**kw)

@@ -18,6 +18,7 @@ from comfy_host.server import Job, JobResult
 from PIL import Image
 from support.server_prompts import tiny
 
+from faithdiff_core.errors import FaithDiffError
 from fuzz.failure import CASE_SECONDS, Failure, numbered
 
 PROMPT_SECONDS = 300.0
@@ -39,8 +40,8 @@ SCHEDULERS = ("faithdiff", "karras", "normal", "simple", "sgm_uniform")
 COSTS = {"steps": 3, "scale_by": 4.0, "longest_side": 256}
 """Larger values that are allowed are brought down to these, or a prompt would take long for a good reason."""
 
-OURS = ("faithdiff_core.errors.", "InterruptProcessingException")
-
+OURS = ("InterruptProcessingException", *(kind.__name__ for kind in FaithDiffError.__subclasses__()))
+"""Names of errors with which nodes may end."""
 
 WORKER_DIED = "(prompt_worker)"
 """In the server's log when the thread that runs prompts has ended."""
@@ -178,7 +179,7 @@ def tried(server: Server, prompt: Prompt, cancel: bool) -> str | None:
     for kind, data in result.messages:
         if kind == "execution_error" and str(data["node_type"]).startswith("FaithDiff"):
             name = str(data["exception_type"])
-            if not any(own in name for own in OURS):
+            if name.rpartition(".")[2] not in OURS:
                 return f"{data['node_type']}: {name}: {str(data['exception_message'])[:300]}"
     took = _processor_time(server) - began
     return f"took {took:.0f} s of processor time" if took > CASE_SECONDS else None
