@@ -25,7 +25,7 @@ OWN_LORA = "your_sdxl_lora.safetensors"
 FEW_STEPS_LORA = "sdxl_lightning_8step_lora.safetensors"
 CONTROLNET = "controlnet-canny-sdxl-1.0.safetensors"
 CAPTIONER = "llava-1.5-7b-hf"
-LANGUAGE_MODEL = "qwen_3_4b.safetensors"
+LANGUAGE_MODEL = "qwen3vl_4b_fp8_scaled.safetensors"
 IMAGE = "example.png"
 
 CAPTION = "a photograph"
@@ -45,6 +45,11 @@ DOWNLOADS: dict[str, dict[str, str]] = {
         "name": FEW_STEPS_LORA,
         "url": "https://huggingface.co/ByteDance/SDXL-Lightning/resolve/main/sdxl_lightning_8step_lora.safetensors",
         "directory": "loras",
+    },
+    LANGUAGE_MODEL: {
+        "name": LANGUAGE_MODEL,
+        "url": f"https://huggingface.co/Comfy-Org/Qwen3-VL/resolve/main/text_encoders/{LANGUAGE_MODEL}",
+        "directory": "text_encoders",
     },
 }
 """Where the page offers to get a missing model from."""

@@ -34,7 +34,10 @@ def tips(text: str) -> Note:
 FAITHDIFF_PAGE = "https://huggingface.co/jychen9811/FaithDiff"
 CHECKPOINT_PAGE = "https://huggingface.co/SG161222/RealVisXL_V4.0"
 
-_FAITHDIFF = f"- **FaithDiff.bin** (10 GB) into **models/faithdiff**, from [{FAITHDIFF_PAGE[8:]}]({FAITHDIFF_PAGE})"
+_FAITHDIFF = (
+    "- **FaithDiff.bin** (10 GB; *Download all* leaves it out) into **models/faithdiff**, from "
+    f"[{FAITHDIFF_PAGE[8:]}]({FAITHDIFF_PAGE})"
+)
 _CHECKPOINT = (
     f"- **RealVisXL_V4.0.safetensors** into **models/checkpoints**, from [{CHECKPOINT_PAGE[8:]}]({CHECKPOINT_PAGE}), "
     "or another SDXL checkpoint: it gives text encoders and VAE"
@@ -186,7 +189,11 @@ NOTES: dict[str, dict[str, Note]] = {
             "Any node that gives a text will do. Here ComfyUI's own **Generate Text** looks at the image, and "
             "**FaithDiff Trim Caption** drops the lead-in and keeps two sentences."
         ),
-        "files": files("a vision-language model of ComfyUI's into **models/text_encoders**"),
+        "files": files(
+            "**qwen3vl_4b_fp8_scaled.safetensors** (5 GB) into **models/text_encoders**, from "
+            "[huggingface.co/Comfy-Org/Qwen3-VL](https://huggingface.co/Comfy-Org/Qwen3-VL), or another model that "
+            "ComfyUI loads there and that sees images"
+        ),
         "tips": tips("Choose the model in **A vision-language model**; its **type** must fit the file."),
     },
     "faithdiff_controlnet": {
@@ -196,8 +203,10 @@ NOTES: dict[str, dict[str, Note]] = {
             "every tile gets its part of the hint."
         ),
         "files": files(
-            "any ControlNet for SDXL into **models/controlnet**; **controlnet-canny-sdxl-1.0.safetensors** stands for "
-            "it"
+            "any ControlNet for SDXL into **models/controlnet**, such as the file of "
+            "[huggingface.co/diffusers/controlnet-canny-sdxl-1.0]"
+            "(https://huggingface.co/diffusers/controlnet-canny-sdxl-1.0), renamed "
+            "**controlnet-canny-sdxl-1.0.safetensors**"
         ),
         "tips": tips(
             "**strength** and **end_percent** of Apply ControlNet: the lower, the more FaithDiff decides. 0.3 to 0.5 "

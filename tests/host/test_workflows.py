@@ -73,7 +73,7 @@ def server(host: Host, host_path: Path, tmp_path_factory: pytest.TempPathFactory
     write_lora(models / "loras" / "sdxl_lightning_8step_lora.safetensors", 640)
     write_small_controlnet(models / "controlnet" / "controlnet-canny-sdxl-1.0.safetensors")
     make_llava(models / "LLM" / "llava-1.5-7b-hf", LLAVA_TEMPLATE)
-    (models / "text_encoders" / "qwen_3_4b.safetensors").touch()
+    (models / "text_encoders" / "qwen3vl_4b_fp8_scaled.safetensors").touch()
     (inputs / "restore").mkdir()
     for path, size in ((inputs / "example.png", (32, 24)), (inputs / "restore" / "other.png", (24, 32))):
         Image.effect_noise(size, 60).convert("RGB").save(path)

@@ -85,7 +85,7 @@ PLACEHOLDERS = (
     "models/loras/your_sdxl_lora.safetensors",
     "models/loras/sdxl_lightning_8step_lora.safetensors",
     "models/controlnet/controlnet-canny-sdxl-1.0.safetensors",
-    "models/text_encoders/qwen_3_4b.safetensors",
+    "models/text_encoders/qwen3vl_4b_fp8_scaled.safetensors",
     "models/LLM/llava-1.5-7b-hf/config.json",
     "input/restore/image.png",
 )
