@@ -127,6 +127,7 @@ def usual_groups(
     load_width: int = 600,
     prepare_width: int = 600,
     prepare_shares: tuple[int, ...] = (),
+    shown: Rows = ((("compare",), ("save",)),),
 ) -> tuple[Group, ...]:
     """Load, prepare, restore, finish, and the result below them."""
     return (
@@ -134,13 +135,13 @@ def usual_groups(
         Group("2  Prepare", PREPARE, prepare_width, prepare, shares=prepare_shares),
         Group("3  Restore", RESTORE, 300, restore),
         Group("4  Finish", FINISH, 300, finish),
-        result("5  Result", (1, 2)),
+        result("5  Result", (1, 2), shown),
     )
 
 
-def result(title: str, below: tuple[int, int]) -> Group:
+def result(title: str, below: tuple[int, int], rows: Rows = ((("compare",), ("save",)),)) -> Group:
     """The group that shows before and after, and saves: where there is room for images."""
-    return Group(title, RESULT, 0, ((("compare",), ("save",)),), below)
+    return Group(title, RESULT, 0, rows, below)
 
 
 def graph(name: str, nodes: dict[str, Node], groups: tuple[Group, ...] = (), *, files: bool = True) -> Graph:
@@ -328,9 +329,14 @@ def faithdiff_photograph() -> Graph:
             "source": Link("image", 2),
             "filename_prefix": "%name%",
         },
-        height=330,
+        height=534,  # what the page makes of it after a run, with the image below its settings
     )
-    return graph("faithdiff_photograph", nodes)
+    groups = usual_groups(
+        prepare=((("positive",), ("negative",)), (("prepare",), ("latent", "features"))),
+        finish=((("decode",),), (("finish",),)),
+        shown=((("compare", "tips"), ("save",)),),
+    )
+    return graph("faithdiff_photograph", nodes, groups)
 
 
 def faithdiff_auto_caption() -> Graph:
