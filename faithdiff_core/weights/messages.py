@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..errors import WeightsError
 
 REDOWNLOAD = (
-    "Download FaithDiff.bin of the FaithDiff project again, or convert it with `python -m faithdiff_core convert`."
+    "Download FaithDiff.bin again from https://huggingface.co/jychen9811/FaithDiff, or convert it with "
+    "`python -m faithdiff_core convert`."
 )
 
 
