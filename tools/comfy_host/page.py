@@ -69,22 +69,30 @@ return window.app.graph.nodes.map(node => {
 """
 
 _WIRES = """
-const {app} = window, graph = app.graph, bounds = graph.nodes.map(n => n.boundingRect), edge = 4;
+const {app} = window, graph = app.graph, bounds = graph.nodes.map(n => n.boundingRect), edge = 4, far = 48;
 app.canvas.ds.scale = 0.25;
 app.canvas.ds.offset = [60 - Math.min(...bounds.map(b => b[0])), 400 - Math.min(...bounds.map(b => b[1]))];
 app.canvas.draw(true, true);
-const context = document.createElement("canvas").getContext("2d"), found = new Set();
-context.lineWidth = edge + 2;
-const title = id => graph.getNodeById(id).title;
+const found = new Set(), title = id => graph.getNodeById(id).title;
+const stroke = (lineWidth, lineCap) => {
+    const context = Object.assign(document.createElement("canvas").getContext("2d"), {lineWidth, lineCap});
+    return (path, points) => points.some(point => context.isPointInStroke(path, ...point));
+};
+// Where no point of a border's few is near a wire, none of its many is on it.
+const near = stroke(far + 8, "round"), on = stroke(edge + 2, "butt");
+const border = ([x, y, w, h], step) => {
+    const at = size => Array.from({length: Math.ceil(size / step) + 1}, (_, i) => Math.min(i * step, size));
+    const rows = at(w).flatMap(dx => [[x + dx, y], [x + dx, y + h]]);
+    return rows.concat(at(h).flatMap(dy => [[x, y + dy], [x + w, y + dy]]));
+};
+const few = new Map(graph.nodes.map(n => [n, border(n.boundingRect, far)]));
+const many = new Map(graph.nodes.map(n => [n, border(n.boundingRect, edge)]));
 for (const link of graph.links.values()) {
     const parts = [link];
     for (let id = link.parentId; id != null; id = graph.reroutes.get(id).parentId) parts.push(graph.reroutes.get(id));
     for (const node of graph.nodes) {
         if (node.id === link.origin_id || node.id === link.target_id) continue;
-        const [x, y, w, h] = node.boundingRect, border = [];
-        for (let at = 0; at <= w; at += edge) border.push([x + at, y], [x + at, y + h]);
-        for (let at = 0; at <= h; at += edge) border.push([x, y + at], [x + w, y + at]);
-        if (parts.some(part => border.some(point => context.isPointInStroke(part.path, ...point))))
+        if (parts.some(({path}) => near(path, few.get(node)) && on(path, many.get(node))))
             found.add(`${title(link.origin_id)} -> ${title(link.target_id)} behind ${node.title}`);
     }
 }
