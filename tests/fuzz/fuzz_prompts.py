@@ -24,6 +24,9 @@ from fuzz.failure import CASE_SECONDS, Failure, numbered
 PROMPT_SECONDS = 300.0
 """Time by the clock; a prompt that takes longer waits for something that does not come."""
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For the server: on a busy machine, threads that wait for each other make small tensors take minutes."""
+
 REFERENCE_EVERY = 40
 """After so many prompts the server is emptied, and must give the first image again."""
 
@@ -241,7 +244,7 @@ def run(seed: int, seconds: float, start: int = 0) -> Iterator[int | Failure]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         with tempfile.TemporaryDirectory() as base:
-            server = Server(path, Path(base))
+            server = Server(path, Path(base), environment=ONE_THREAD)
             try:
                 for found in fuzz(server, seed, end - time.monotonic(), start):
                     start = found + 1 if isinstance(found, int) else start
