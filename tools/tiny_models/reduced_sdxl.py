@@ -149,7 +149,7 @@ def _adapter_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_lora(path: Path, width: int, *, rank: int = 4, seed: int = 3) -> None:
-    """Write a LoRA, in diffusers' form, for one projection of a U-Net's second level.
+    """Write a LoRA, with the names of kohya's trainer, for one projection of a U-Net's second level.
 
     Args:
         path: ends in .safetensors.
@@ -157,9 +157,9 @@ def write_lora(path: Path, width: int, *, rank: int = 4, seed: int = 3) -> None:
         rank: of the LoRA.
         seed: of the weights.
     """
-    name = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     weights = RandomWeights(seed)
-    shapes = {f"{name}.lora_A.weight": (rank, width), f"{name}.lora_B.weight": (width, rank)}
+    shapes = {f"{name}.lora_down.weight": (rank, width), f"{name}.lora_up.weight": (width, rank)}
     save_file({key: weights.tensor(key, shape).contiguous() for key, shape in shapes.items()}, path)
 
 
